@@ -1,0 +1,175 @@
+"""The building blocks that every family shares: one attention, one feed-forward, one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, each (B, heads, tokens, D / heads)."""
+
+    key: Tensor
+    value: Tensor
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: RMSNorm, attention, RMSNorm, SwiGLU.
+
+    SwiGLU: Shazeer, arXiv 2002.05202, equation 5, with 8/3 of the width so that the parameters equal those of a
+    plain feed-forward of 4 times the width.
+
+    Args:
+        width: D, a multiple of ``heads``.
+        heads: number of attention heads.
+        dropout: probability of zeroing, on the output of attention and feed-forward, in training.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        inner = -(-8 * width // (3 * 64)) * 64
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, tokens, D / heads) of x (B, tokens, D)."""
+        b, n, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Apply the block to x (B, tokens, D).
+
+        Args:
+            x: (B, tokens, D).
+            attend: attention of queries, keys and values of these tokens, (B, heads, tokens, D / heads) each;
+                the caller's function adds what lies outside of x: a prefix, a cache, a mask.
+        """
+        q, k, v = self.project(x)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + F.dropout(self.out(mixed), self.dropout, self.training)
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
+class Prefix(nn.Module):
+    """The condition as a fixed number of tokens in front of the image.
+
+    Text ids or a class id, it is all the same: a table of embeddings and a position for each. Padding is a
+    token like any other, so that shapes are static and no mask is needed.
+    """
+
+    def __init__(self, vocabulary: int, length: int, width: int) -> None:
+        super().__init__()
+        self.length = length
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.zeros(length, width))
+
+    def forward(self, cond: Tensor) -> Tensor:
+        """Condition ids (B, T) -> (B, T, D).
+
+        Raises:
+            ValueError: if the shape is not (B, T), or an id lies outside the vocabulary.
+        """
+        vocabulary = self.embedding.num_embeddings
+        if cond.ndim != 2 or cond.shape[1] != self.length:
+            raise ValueError(f"cond has shape {tuple(cond.shape)}, expected (B, {self.length})")
+        if cond.device.type == "cpu" and cond.numel() and int(cond.max()) >= vocabulary:
+            raise ValueError(
+                f"cond holds id {int(cond.max())}, expected ids below the vocabulary {vocabulary}"
+            )
+        embedded: Tensor = self.embedding(cond)
+        return embedded + self.position
+
+
+def prefix_keys_values(blocks: nn.ModuleList, x: Tensor) -> list[KeyValue]:
+    """Keys and values of a prefix in every layer, one entry a block.
+
+    The prefix attends only to itself and to no time step, so these are valid for the whole of a sampling,
+    whatever family it is. The last block's output is never used and not computed.
+
+    Args:
+        blocks: the transformer's blocks.
+        x: embedded prefix (B, T, D).
+    """
+    result = []
+    for i, block in enumerate(blocks):
+        if i + 1 == len(blocks):
+            _, k, v = block.project(x)
+        else:
+            held: list[KeyValue] = []
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, held: list[KeyValue] = held) -> Tensor:
+                held.append(KeyValue(k, v))
+                return F.scaled_dot_product_attention(q, k, v)
+
+            x = block(x, attend)
+            k, v = held[0]
+        result.append(KeyValue(k, v))
+    return result
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the prefix and of the image tokens so far, allocated once, at their final size.
+
+    An argument of every call that uses it, never an attribute of a model: two samplings at once cannot touch
+    each other.
+
+    Attributes:
+        keys: (layers, R, heads, T + L, D / heads), R rows.
+        values: the same.
+        prefix: T, the tokens of the condition, which come first.
+        length: image tokens held so far, between 0 and L.
+        network: the network to decode with; see ``models.packed``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    prefix: int
+    length: int
+    network: nn.Module
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """The rows from ``start`` up to ``stop``: the same memory, with a length of its own."""
+        keys, values = self.keys[:, start:stop], self.values[:, start:stop]
+        return KVCache(keys, values, self.prefix, self.length, self.network)
+
+    def store_prefix(self, prefix: list[KeyValue]) -> None:
+        """Fill in the prefix; one row serves all rows."""
+        for layer, (key, value) in enumerate(prefix):
+            self.keys[layer, :, :, : self.prefix] = key
+            self.values[layer, :, :, : self.prefix] = value
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Append the keys and values of new tokens in one layer, then attend to all so far.
+
+        ``length`` is moved by the caller once all layers are done.
+        """
+        start = self.prefix + self.length
+        stop = start + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
+    """Mask (new, past + new), True where a query may look: all of the past, then itself and before."""
+    full = torch.ones(new, past + new, dtype=torch.bool, device=device)
+    return full.tril(diagonal=past)

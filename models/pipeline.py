@@ -1,0 +1,238 @@
+"""``TextToImage``: prompts in, images out; the same call for every family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.text import TextTokenizer
+from models.token_transformer import TokenTransformer
+from tokenizers_vq import VQTokenizer
+from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
+from unicfg.guidance import Guidance
+from unicfg.sampling import TokenStep, sample_autoregressive
+from unicfg.training.dropout import ConditionDropout
+
+MODEL_CLASSES: dict[str, type[TokenTransformer]] = {"ar": TokenTransformer}
+NULL_FILE = "null_condition.safetensors"
+
+
+class TextToImage:
+    """A text tokenizer, a guided model and an image tokenizer.
+
+    On disk it is a folder with ``pipeline.json``, ``text.json``, ``tokenizer/`` and one folder a family, each a
+    configuration and a safetensors file.
+
+    Args:
+        text: captions to condition ids.
+        model: the trained model in its ``ConditionDropout``, which holds the null condition.
+        tokenizer: tokens to images.
+        family: how the model generates.
+
+    Raises:
+        ValueError: if the family is unknown, or the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        model: ConditionDropout,
+        tokenizer: VQTokenizer,
+        family: str = "ar",
+    ) -> None:
+        if family not in MODEL_CLASSES:
+            raise ValueError(f"family is {family!r}, expected one of {sorted(MODEL_CLASSES)}")
+        network = model.model
+        if not isinstance(network, MODEL_CLASSES[family]):
+            raise ValueError(
+                f"model is a {type(network).__name__}, the family {family!r} expects a "
+                f"{MODEL_CLASSES[family].__name__}"
+            )
+        if network.config.codebook_size != tokenizer.codebook_size:
+            raise ValueError(
+                f"the model has {network.config.codebook_size} tokens and the tokenizer "
+                f"{tokenizer.codebook_size}: they were not trained together"
+            )
+        if network.config.condition_length != text.length:
+            raise ValueError(
+                f"the model takes {network.config.condition_length} text tokens and the text "
+                f"tokenizer gives {text.length}: they were not trained together"
+            )
+        self.text, self.tokenizer, self.family = text, tokenizer.eval(), family
+        self.model = model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.tokenizer.latent_mean.device
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        """Move model and tokenizer; returns itself."""
+        self.model.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> condition ids (B, T) on the model's device."""
+        return self.text.encode(prompts).to(self.device)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        guidance: Guidance | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        callback: Callable[[TokenStep], None] | None = None,
+    ) -> Tensor:
+        """Like calling the pipeline, but returns tensors: images (B, 3, H, W) in [-1, 1]."""
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
+        ids = sample_autoregressive(
+            self.model,
+            self.encode_prompts(prompts),
+            seeds=seeds,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            callback=callback,
+        )
+        side = self.model.model.config.grid  # type: ignore[union-attr]
+        return self.tokenizer.decode(ids.view(-1, side, side))  # type: ignore[arg-type]
+
+    def __call__(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any
+    ) -> list[Image.Image]:
+        """Draw one image a prompt.
+
+        Args:
+            prompts: B texts; one that is too long is cut, with a warning.
+            seeds: B ints; the same seed gives the same image in a batch of any size.
+            **options: ``guidance``, ``temperature``, ``top_k``, ``top_p`` and ``callback``, as in
+                :func:`unicfg.sample_autoregressive`.
+
+        Returns:
+            B images.
+
+        Raises:
+            ValueError: if prompts and seeds differ in number, or an option is out of range.
+
+        Example:
+            >>> pipe = TextToImage.from_pretrained("shapes")
+            >>> images = pipe(["a red circle"], guidance=Guidance(3.0), seeds=[0])
+        """
+        images = self.sample(prompts, seeds=seeds, **options)
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(image) for image in pixels]
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the pipeline; other families that are already in the folder stay.
+
+        Args:
+            folder: made if need be.
+            dtype: of the weights on disk, ``torch.float16`` for half the size; None keeps them as they are.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_part(self.tokenizer, folder / "tokenizer", dtype)
+        self.text.save(folder / "text.json")
+        _save_part(self.model.model, folder / self.family, dtype)
+        null = self.model.null_condition
+        assert isinstance(null, Tensor)
+        save_file({"null_condition": null.detach().cpu()}, folder / self.family / NULL_FILE)
+        families = sorted(f for f in MODEL_CLASSES if (folder / f / "config.json").exists())
+        description = {"format_version": FORMAT_VERSION, "families": families}
+        (folder / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, family: str | None = None) -> TextToImage:
+        """Load a pipeline.
+
+        Args:
+            name: of weights that ship with the library (``"emoji"``, ``"shapes"``), a folder, or a repository
+                on the Hugging Face hub.
+            family: ``"ar"`` by default.
+
+        Raises:
+            FileNotFoundError: if there is no such pipeline; says where it was looked for.
+            ValueError: if the folder does not hold the family, or a file does not fit.
+        """
+        family = family or "ar"
+        folder = find_weights(name)
+        description = json.loads((folder / "pipeline.json").read_text())
+        check_format_version(description.get("format_version", 0))
+        if family not in description["families"] or family not in MODEL_CLASSES:
+            raise ValueError(
+                f"{name} holds the families {description['families']}, not {family!r}"
+            )
+        network = MODEL_CLASSES[family].from_pretrained(folder / family)
+        null = load_file(folder / family / NULL_FILE)["null_condition"]
+        return cls(
+            TextTokenizer.load(folder / "text.json"),
+            ConditionDropout(network, null),
+            VQTokenizer.from_pretrained(folder / "tokenizer"),
+            family,
+        )
+
+
+def shipped_weights() -> dict[str, Path]:
+    """Names and folders of the weights that ship with the library."""
+    root = Path(str(resources.files("models"))) / "weights"
+    return {p.parent.name: p.parent for p in sorted(root.glob("*/pipeline.json"))}
+
+
+def find_weights(name: Path | str) -> Path:
+    """The folder of a pipeline: shipped, local, or downloaded from the hub, in that order.
+
+    Raises:
+        FileNotFoundError: if it is none of these.
+    """
+    shipped = shipped_weights()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if (Path(name) / "pipeline.json").is_file():
+        return Path(name)
+    known = f"expected one of {sorted(shipped)}, a folder with pipeline.json, or a hub repository"
+    if Path(name).exists() or str(name).count("/") != 1:
+        raise FileNotFoundError(f"no pipeline at {str(name)!r}: {known}")
+    try:
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # the hub client has no common base class for "not to be had"
+        raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error
+
+
+def _save_part(module: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write one part beside and swap it in, so that a full disk leaves the old one."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        state = {k: v.detach().cpu() for k, v in module.state_dict().items()}
+        if dtype is not None:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        beside.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in state.items()}, beside / "model.safetensors")
+        config = module.config.__dict__  # type: ignore[union-attr]
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except Exception as error:
+        raise OSError(f"could not write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

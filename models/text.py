@@ -1,0 +1,133 @@
+"""Captions as a fixed number of token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+PAD, NULL, END = "[PAD]", "[NULL]", "[END]"
+SPECIAL = (PAD, NULL, END)
+
+log = logging.getLogger(__name__)
+
+
+class TextTokenizer:
+    """Byte-level BPE, so that any prompt can be encoded, cut or padded to one fixed length.
+
+    The null condition is a token of its own, repeated: its embedding is a row of the model's table and is trained
+    like any other.
+
+    Args:
+        bpe: a trained tokenizer that knows the special tokens.
+        length: T, tokens of every encoded caption.
+
+    Raises:
+        ValueError: if a special token is missing from ``bpe``, or ``length`` is less than 1.
+    """
+
+    def __init__(self, bpe: Tokenizer, length: int = 32) -> None:
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1")
+        missing = [token for token in SPECIAL if bpe.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"the BPE vocabulary lacks the special tokens {missing}")
+        self.bpe = bpe
+        self.length = length
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocabulary: int = 2048, length: int = 32
+    ) -> TextTokenizer:
+        """Learn a vocabulary from captions.
+
+        Raises:
+            ValueError: if ``vocabulary`` is too small to hold all bytes and the special tokens.
+        """
+        least = 256 + len(SPECIAL)
+        if vocabulary < least:
+            raise ValueError(f"vocabulary is {vocabulary}, expected at least {least}")
+        # a fresh object each time: training one twice changes its vocabulary but keeps the old merges in a cache
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe, length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids, special ones included."""
+        return self.bpe.get_vocab_size()
+
+    @property
+    def null_condition(self) -> Tensor:
+        """The null condition, ids (T,)."""
+        return torch.full((self.length,), self.bpe.token_to_id(NULL))
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> ids (B, T), int64. A caption that is too long is cut, and a warning says so.
+
+        Raises:
+            TypeError: if ``captions`` is a single string, or an entry is none.
+        """
+        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
+            raise TypeError(f"captions is {captions!r}, expected a list of strings")
+        pad, end = self.bpe.token_to_id(PAD), self.bpe.token_to_id(END)
+        ids = torch.full((len(captions), self.length), pad)
+        # special tokens typed by a user are text, not commands
+        self.bpe.encode_special_tokens = True
+        for row, encoding in enumerate(self.bpe.encode_batch(list(captions))):
+            tokens = encoding.ids
+            if len(tokens) > self.length:
+                log.warning(
+                    "caption %r has %d tokens, cut to %d: %r is not seen",
+                    captions[row],
+                    len(tokens),
+                    self.length,
+                    self.bpe.decode(tokens[self.length :]),
+                )
+            tokens = [*tokens, end][: self.length]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Ids (B, T) -> captions, without padding."""
+        return [text.strip() for text in self.bpe.decode_batch(ids.tolist())]
+
+    def save(self, file: Path | str) -> None:
+        """Write everything into one JSON file; the length is kept as the padding rule."""
+        pad = self.bpe.token_to_id(PAD)
+        copy = Tokenizer.from_str(self.bpe.to_str())
+        copy.enable_padding(length=self.length, pad_id=pad, pad_token=PAD)
+        copy.save(str(file))
+
+    @classmethod
+    def load(cls, file: Path | str) -> TextTokenizer:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else.
+        """
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no text tokenizer at {file}")
+        try:
+            bpe = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for anything unreadable
+            raise ValueError(f"{file} is no tokenizer file: {error}") from error
+        if bpe.padding is None or not bpe.padding.get("length"):
+            raise ValueError(f"{file} states no fixed length")
+        length = bpe.padding["length"]
+        bpe.no_padding()
+        return cls(bpe, length)

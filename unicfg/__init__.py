@@ -1,0 +1,22 @@
+"""unicfg: one guidance for autoregressive and diffusion token models.
+
+A model that runs with and without its condition gives a direction; guidance goes further along it. The formula
+stands in ``unicfg.guidance.core``, the samplers in ``unicfg.sampling``, the training wrapper in
+``unicfg.training.dropout``.
+"""
+
+from unicfg.guidance import Guidance, guide, scale_from_beta, scale_from_w
+from unicfg.sampling import sample_autoregressive
+from unicfg.training import ConditionDropout, drop_condition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConditionDropout",
+    "Guidance",
+    "drop_condition",
+    "guide",
+    "sample_autoregressive",
+    "scale_from_beta",
+    "scale_from_w",
+]

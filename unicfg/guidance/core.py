@@ -1,0 +1,246 @@
+"""The one formula, and the object that says how strongly to apply it and when.
+
+A model that runs with and without its condition gives a direction, ``cond_out - uncond_out``. Guidance goes
+further along it. For a token model the outputs are logits, for a diffusion model noise predictions; the
+arithmetic is the same:
+
+    out = uncond_out + s * (cond_out - uncond_out)
+
+s = 1 is the conditional model, s = 0 the unconditional one, s > 1 exaggerates what the condition is
+responsible for (Ho and Salimans, arXiv 2207.12598, equation 6, where w = s - 1).
+
+Shape letters, for the whole library: B batch, L image tokens, T condition tokens, V codebook size, C latent
+channels, H W image pixels, h w latent grid, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor
+Schedule = Callable[[float], Scale]
+Mitigation = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
+    """Extrapolate from the unconditional output through the conditional one.
+
+    Exact at both ends: bit-equal to ``cond_out`` at s = 1 and to ``uncond_out`` at s = 0. Half-precision
+    inputs are combined in float32 and returned in their own dtype. Gradients flow to all three arguments.
+
+    Logits may hold -inf: what is masked in ``cond_out`` stays masked (except at s = 0, which is
+    ``uncond_out``), and what is masked only in ``uncond_out`` falls back to ``cond_out``.
+
+    Args:
+        cond_out: output under the condition, floating point, (B, ...).
+        uncond_out: output under the null condition, the same shape, dtype and device; its batch may be 1.
+        s: scale; a number, a 0-d tensor, (B,) for one scale a sample, or a tensor with as many dimensions
+            as ``cond_out`` that broadcasts to it.
+
+    Returns:
+        the guided output, in the shape and dtype of ``cond_out``.
+
+    Raises:
+        TypeError: if an output is not a floating-point tensor, or the dtypes differ.
+        ValueError: if shapes or devices do not match, or ``s`` is not finite.
+
+    Example:
+        >>> guide(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 3.0)
+        tensor([[4., 0.]])
+    """
+    _check_outputs(cond_out, uncond_out)
+    s = _check_scale(s, cond_out)
+    precise = torch.promote_types(cond_out.dtype, torch.float32)
+    cond, uncond = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
+    # a scale beyond the range of the arithmetic saturates like its result
+    most = torch.finfo(precise).max
+    s = s.double().clamp(-most, most).to(precise) if isinstance(s, Tensor) else max(-most, min(s, most))
+
+    # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it
+    cond_masked, uncond_masked = cond.isneginf(), uncond.isneginf()
+    cond = cond.masked_fill(cond_masked, 0.0)
+    uncond = torch.where(uncond_masked, cond, uncond)
+    out = torch.lerp(uncond, cond, s)  # the formula; u + s * (c - u) would not be exact at s = 1
+    limits = torch.finfo(cond_out.dtype)
+    out = out.clamp(limits.min, limits.max)  # a huge s saturates and never becomes +inf
+    if isinstance(s, Tensor):
+        masked = torch.where(s == 0, uncond_masked, cond_masked)
+    else:
+        masked = uncond_masked if s == 0 else cond_masked
+    return out.masked_fill(masked, -math.inf).to(cond_out.dtype)
+
+
+def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
+    for name, out in (("cond_out", cond_out), ("uncond_out", uncond_out)):
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
+            raise TypeError(f"{name} is {kind}, expected a floating-point tensor")
+    if cond_out.dtype != uncond_out.dtype:
+        raise TypeError(
+            f"cond_out is {cond_out.dtype} and uncond_out {uncond_out.dtype}, expected one dtype"
+        )
+    if cond_out.device != uncond_out.device:
+        raise ValueError(
+            f"cond_out is on {cond_out.device} and uncond_out on {uncond_out.device}, "
+            "expected one device"
+        )
+    cond_shape, uncond_shape = tuple(cond_out.shape), tuple(uncond_out.shape)
+    # one unconditional row may serve a whole batch; any other broadcasting is a mistake in the making
+    if uncond_shape != cond_shape and uncond_shape != (1, *cond_shape[1:]):
+        raise ValueError(
+            f"cond_out has shape {cond_shape} and uncond_out {uncond_shape}, "
+            "expected equal shapes, or batch 1 in uncond_out"
+        )
+
+
+def _check_scale(s: Scale, out: Tensor) -> Scale:
+    """Return ``s`` as a float, or as a tensor that broadcasts against ``out``."""
+    if not isinstance(s, Tensor):
+        s = float(s)
+        if not math.isfinite(s):
+            raise ValueError(f"s is {s}, expected a finite number")
+        return s
+    if s.device != out.device and s.ndim > 0:
+        raise ValueError(f"s is on {s.device} and the outputs on {out.device}, expected one device")
+    if not bool(torch.isfinite(s).all()):
+        raise ValueError(f"s is {s.tolist()}, expected finite numbers")
+    if s.ndim == 1:
+        if len(s) != len(out) and len(s) != 1:
+            raise ValueError(f"s has {len(s)} values for a batch of {len(out)}, expected one each")
+        return s.view(-1, *[1] * (out.ndim - 1))
+    fits = s.ndim in (0, out.ndim) and all(
+        a in (1, b) for a, b in zip(s.shape, out.shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"s has shape {tuple(s.shape)} and the outputs {tuple(out.shape)}, "
+            "expected a number, (B,), or a shape that broadcasts to the outputs"
+        )
+    return s
+
+
+def scale_from_w(w: Scale) -> Scale:
+    """Convert w to s = 1 + w: the scale of ``cond + w * (cond - uncond)``, which is 0 without guidance.
+
+    Used by Ho and Salimans (arXiv 2207.12598), VAR, Show-o, LLaDA and Dia.
+    """
+    return 1.0 + w
+
+
+def scale_from_beta(beta: Scale) -> Scale:
+    """Convert beta to s = 1 / beta, the temperature of guidance in GFT (arXiv 2501.15420).
+
+    Raises:
+        ValueError: if a beta is 0.
+    """
+    if bool(torch.as_tensor(beta == 0).any()):
+        raise ValueError(f"beta is {beta}, expected a number other than 0")
+    return 1.0 / beta
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """How strongly to guide, when, and what reins it in. Immutable; holds no state between calls.
+
+    Args:
+        scale: a number, a tensor (B,) with one scale a sample, or a schedule: a callable from progress
+            (0.0 at the first sampling step, 1.0 at the last) to either. See ``unicfg.guidance.schedules``.
+        mitigations: callables ``(guided, cond_out, uncond_out) -> guided``, applied in order after the formula.
+
+    Raises:
+        ValueError: if a fixed scale is not finite or has another shape than () or (B,).
+        TypeError: if ``scale`` is no number, tensor or callable, or a mitigation is not callable.
+
+    Example:
+        >>> Guidance(3.0).scale_at(0.5)
+        3.0
+        >>> Guidance(3.0).branches_at(0.5), Guidance(1.0).branches_at(0.5)
+        (('cond', 'uncond'), ('cond',))
+    """
+
+    scale: Scale | Schedule = 1.0
+    mitigations: tuple[Mitigation, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the first step."""
+        object.__setattr__(self, "mitigations", tuple(self.mitigations))
+        for mitigation in self.mitigations:
+            if not callable(mitigation):
+                raise TypeError(f"mitigation is {mitigation!r}, expected a callable")
+        if isinstance(self.scale, Tensor) or not callable(self.scale):
+            _check_schedule_value(self.scale, "scale")
+
+    def scale_at(self, progress: float) -> Scale:
+        """The scale at ``progress`` in [0, 1]: a float, or a tensor (B,).
+
+        Raises:
+            ValueError: if ``progress`` lies outside [0, 1], or a schedule gives a scale that is not finite.
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress is {progress}, expected a fraction between 0 and 1")
+        if isinstance(self.scale, Tensor) or not callable(self.scale):
+            return _check_schedule_value(self.scale, "scale")
+        return _check_schedule_value(self.scale(progress), f"schedule at progress {progress}")
+
+    def branches_at(self, progress: float) -> tuple[str, ...]:
+        """The branches whose outputs the step at ``progress`` needs, in row order.
+
+        ``("cond",)`` where every scale is 1, ``("uncond",)`` where every scale is 0, else both: a sampler runs
+        B rows, not 2B, wherever one branch suffices.
+        """
+        s = torch.as_tensor(self.scale_at(progress))
+        if bool((s == 1).all()):
+            return ("cond",)
+        if bool((s == 0).all()):
+            return ("uncond",)
+        return ("cond", "uncond")
+
+    def combine(
+        self, progress: float, cond_out: Tensor | None, uncond_out: Tensor | None
+    ) -> Tensor:
+        """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
+
+        Where only one branch is needed its output is returned as it is: there is nothing to rein in.
+
+        Args:
+            progress: fraction of sampling done, in [0, 1].
+            cond_out: (B, ...), or None where the step does not need it.
+            uncond_out: (B, ...), or None where the step does not need it.
+
+        Raises:
+            ValueError: if a branch that the step needs is missing.
+        """
+        outputs = {"cond": cond_out, "uncond": uncond_out}
+        needed = [outputs[branch] for branch in self.branches_at(progress)]
+        if any(out is None for out in needed):
+            raise ValueError(
+                f"the step at progress {progress} needs {self.branches_at(progress)}, "
+                f"got {tuple(name for name, out in outputs.items() if out is not None)}"
+            )
+        if len(needed) == 1:
+            assert needed[0] is not None
+            return needed[0]
+        assert cond_out is not None and uncond_out is not None
+        s = self.scale_at(progress)
+        s = s.to(cond_out.device) if isinstance(s, Tensor) else s
+        guided = guide(cond_out, uncond_out, s)
+        for mitigation in self.mitigations:
+            guided = mitigation(guided, cond_out, uncond_out)
+        return guided
+
+
+def _check_schedule_value(s: object, where: str) -> Scale:
+    if isinstance(s, Tensor):
+        if s.ndim > 1 or not bool(torch.isfinite(s).all()):
+            raise ValueError(f"{where} is {s.tolist()}, expected finite numbers of shape () or (B,)")
+        return s
+    if isinstance(s, bool) or not isinstance(s, (int, float)):
+        raise TypeError(f"{where} is {s!r}, expected a number, a tensor or a schedule")
+    if not math.isfinite(s):
+        raise ValueError(f"{where} is {s}, expected a finite number")
+    return float(s)

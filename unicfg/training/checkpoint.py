@@ -1,0 +1,129 @@
+"""Checkpoints: one safetensors file, written beside and renamed, so that a kill leaves the last whole one.
+
+Nothing is pickled. A checkpoint holds the model, its moving average, the optimizer and the state of every
+random generator; the learning rate and the order of the data are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SUFFIX = ".safetensors"
+
+
+def write_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, a full disk for one; what stood there before is untouched.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata)
+        with open(beside, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(beside, file)
+    except (OSError, SafetensorError) as error:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise OSError(
+            f"could not write {file} ({size / 1e6:.1f} MB): {error}. "
+            "Free some disk space; what was saved before is whole"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def training_state(
+    model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Everything that a training has learned, as a flat dict of tensors."""
+    tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{k}": v for k, v in entries.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    # average and model may share nothing, but tied weights would: safetensors refuses shared memory
+    return {k: v.detach().cpu().clone() for k, v in tensors.items()}
+
+
+def restore_training_state(
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Undo :func:`training_state`.
+
+    Raises:
+        RuntimeError: if keys or shapes do not match the model.
+    """
+    model.load_state_dict(_under(tensors, "model/"))
+    average.load_state_dict(_under(tensors, "average/"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _under(tensors, "optimizer/").items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(tensors["random/cpu"])
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Checkpoints:
+    """The checkpoints of one training, newest last, in one folder.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def files(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(self.folder.glob(f"step-*{SUFFIX}"))
+
+    def save(self, step: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
+        """Write the checkpoint of ``step``, then remove the ones beyond ``keep``.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        file = self.folder / f"step-{step:08d}{SUFFIX}"
+        write_atomically(tensors, file, {"step": str(step), "settings": json.dumps(settings)})
+        for old in self.files()[: -self.keep]:
+            old.unlink()
+        return file
+
+    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """Step, tensors and settings of the newest readable checkpoint, or None if there is none.
+
+        A file that cannot be read is passed over with a message, for the one before it.
+        """
+        for file in reversed(self.files()):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    metadata = handle.metadata()
+                    tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+                return int(metadata["step"]), tensors, json.loads(metadata["settings"])
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                print(f"{file} is no whole checkpoint ({error}); trying the one before")
+        return None

@@ -1,0 +1,358 @@
+"""Captioned images: a folder on disk becomes one tensor of pixels and a list of captions."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from unicfg.pictures import to_images as to_pil
+
+__all__ = ["IMAGE_SUFFIXES", "ImageSet", "read_folder", "to_float", "to_pil"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NAMED = 5  # files that a warning or an error names before it only counts
+
+# What Pillow raises for files that are missing, cut off, no images, or too large to be decoded safely.
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their captions, in memory.
+
+    Attributes:
+        images: uint8 (N, 3, H, W) in 0..255, RGB.
+        captions: one text an image.
+        attributes: all else that is known of each image, {} where nothing is.
+        skipped: (file, reason) of whatever was found and could not be used.
+
+    Raises:
+        TypeError: if the images are not uint8.
+        ValueError: if the images are not (N, 3, H, W), or captions or attributes are not N.
+    """
+
+    images: Tensor
+    captions: list[str]
+    attributes: list[dict[str, Any]]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check dtype, shape and lengths."""
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"images are {self.images.dtype}, expected torch.uint8")
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(self.images.shape)}, expected (N, 3, H, W)")
+        for name, values in (("captions", self.captions), ("attributes", self.attributes)):
+            if len(values) != len(self.images):
+                raise ValueError(f"{name} has {len(values)} entries, expected {len(self.images)}")
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        return len(self.images)
+
+    def select(self, indices: Sequence[int]) -> ImageSet:
+        """Some of the images, in the order given; nothing counts as skipped in a selection.
+
+        Raises:
+            IndexError: if an index is not in 0..N-1.
+        """
+        for i in indices:
+            if not 0 <= i < len(self):
+                raise IndexError(f"indices hold {i}, expected 0 to {len(self) - 1}")
+        chosen = torch.tensor(indices, dtype=torch.long)
+        return ImageSet(
+            self.images[chosen],
+            [self.captions[i] for i in indices],
+            [self.attributes[i] for i in indices],
+        )
+
+    def split(self, fraction: float) -> tuple[ImageSet, ImageSet]:
+        """Training and validation images.
+
+        Where any image has an attribute "split", that decides: values that start with "val" are validation,
+        all else is training. Otherwise a hash of position and caption decides, so images that are appended
+        later leave each earlier one on its side.
+
+        Args:
+            fraction: share of validation images in [0, 1); unused where the data names its split.
+
+        Raises:
+            ValueError: if ``fraction`` is outside of [0, 1).
+        """
+        if not 0 <= fraction < 1:
+            raise ValueError(f"fraction is {fraction}, expected a share in [0, 1)")
+        if any("split" in attributes for attributes in self.attributes):
+            held_out = [str(a.get("split", "")).startswith("val") for a in self.attributes]
+        else:
+            held_out = [_hash_share(f"{i} {c}") < fraction for i, c in enumerate(self.captions)]
+        return (
+            self.select([i for i, val in enumerate(held_out) if not val]),
+            self.select([i for i, val in enumerate(held_out) if val]),
+        )
+
+
+def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageSet:
+    """Read a folder of captioned images.
+
+    The first of these conventions that is found is used:
+
+    1. ``metadata.jsonl``: an object a line with ``file_name`` (relative to the folder) and ``text``; all other
+       fields become attributes.
+    2. ``metadata.csv``: the same as columns, as in the imagefolder convention of datasets.
+    3. the caption in a ``.txt`` file beside each image, of the same name; subfolders are read too.
+
+    Images are turned as their EXIF orientation says and composited on white where they are transparent. The
+    longer side is resized to ``size`` (Lanczos); an image that is not square is padded with white, not cropped.
+
+    A file that cannot be used does not end the reading: broken, missing or oversized images, images without a
+    caption and captions without an image are listed in ``skipped`` and told in one warning. Where there is
+    metadata, images count as lacking a caption if they lie in a folder that the metadata speaks of. Hidden
+    files are not looked at.
+
+    Args:
+        path: the folder.
+        size: pixels a side of the result.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        images (N, 3, size, size), in the order of the metadata or else of their names.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if ``size`` is below 1, the folder holds none of the conventions, a metadata line is malformed
+            or names a file outside of the folder, or no image at all could be used.
+    """
+    folder = Path(path)
+    if size < 1:
+        raise ValueError(f"size is {size}, expected at least 1 pixel")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}, expected one with captioned images")
+    entries, skipped = _find_entries(folder)
+    images: list[np.ndarray[Any, Any]] = []
+    read: list[_Entry] = []
+    for entry in tqdm(entries, desc=f"reading {folder.name}", disable=not progress):
+        try:
+            images.append(_read_image(folder / entry.file, size))
+            read.append(entry)
+        except _UNREADABLE as error:
+            skipped.append((entry.file, f"{type(error).__name__}: {error}"))
+    if not images:
+        raise ValueError(f"{folder} has no usable image, {_summary(skipped)}")
+    if skipped:
+        warnings.warn(f"{folder}: {_summary(skipped)}", stacklevel=2)
+    return ImageSet(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        [entry.caption for entry in read],
+        [entry.attributes for entry in read],
+        tuple(skipped),
+    )
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Pixels 0..255 as the floats in [-1, 1] that models see; ``to_pil`` undoes it exactly.
+
+    Args:
+        images: uint8, any shape.
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        TypeError: if ``images`` are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}, expected torch.uint8")
+    return images.float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An image to read: its file relative to the folder, and what is known of it."""
+
+    file: str
+    caption: str
+    attributes: dict[str, Any]
+
+
+def _find_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """The captioned images of a folder by the first convention found, and what lacks its partner."""
+    for name, rows in (("metadata.jsonl", _json_rows), ("metadata.csv", _csv_rows)):
+        file = folder / name
+        if file.is_file():
+            return _metadata_entries(folder, file, rows(file))
+    if not _files(folder, IMAGE_SUFFIXES):
+        raise ValueError(
+            f"{folder} holds no captioned images, looked for metadata.jsonl, metadata.csv "
+            f"and images ({', '.join(IMAGE_SUFFIXES)}) with a .txt file beside each"
+        )
+    return _sidecar_entries(folder)
+
+
+def _metadata_entries(
+    folder: Path, file: Path, rows: Iterator[tuple[int, dict[str, Any]]]
+) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """Entries from the rows of a metadata file, and the images beside them that it does not name."""
+    entries: list[_Entry] = []
+    skipped: list[tuple[str, str]] = []
+    named: set[str] = set()
+    for line, row in rows:
+        name, caption = (_text_field(row, key, f"{file} line {line}") for key in _REQUIRED)
+        inside = os.path.normpath(name)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{file} line {line}: file_name {name!r} is outside of the folder")
+        named.add(Path(inside).as_posix())
+        if caption.strip():
+            rest = {key: value for key, value in row.items() if key not in _REQUIRED}
+            entries.append(_Entry(Path(inside).as_posix(), caption.strip(), rest))
+        else:
+            skipped.append((name, f"empty text in {file.name}"))
+    folders = {str(Path(name).parent) for name in named}
+    for image in _files(folder, IMAGE_SUFFIXES):
+        if image not in named and str(Path(image).parent) in folders:
+            skipped.append((image, f"no line in {file.name}"))
+    return entries, skipped
+
+
+_REQUIRED = ("file_name", "text")
+
+
+def _text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """A required field of a metadata row."""
+    if key not in row:
+        raise ValueError(f"{where}: no {key!r}, expected file_name and text")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{where}: {key} is {row[key]!r}, expected a text")
+    return row[key]
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line that is not blank."""
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file} line {number} is {row!r}, expected an object")
+        yield number, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of each row below the header."""
+    reader = csv.DictReader(_read_text(file).splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            # DictReader gives None as the key of values too many and as the value of columns too few.
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise ValueError(f"{file} line {reader.line_num}: expected {columns} columns")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{file} line {reader.line_num} is no CSV: {error}") from error
+
+
+def _read_text(file: Path) -> str:
+    """A text file in UTF-8, with or without the byte order mark that spreadsheets write."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+
+
+def _sidecar_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """Entries from images and the .txt files beside them, and those of either that stand alone."""
+    entries: list[_Entry] = []
+    skipped: list[tuple[str, str]] = []
+    captions = {str(Path(name).with_suffix("")): name for name in _files(folder, (".txt",))}
+    images = _files(folder, IMAGE_SUFFIXES)
+    for image in images:
+        sidecar = captions.get(str(Path(image).with_suffix("")))
+        if sidecar is None:
+            skipped.append((image, "no caption: no .txt file beside it"))
+            continue
+        try:
+            caption = _read_text(folder / sidecar).strip()
+        except (OSError, ValueError) as error:
+            skipped.append((image, f"no caption: {error}"))
+            continue
+        if caption:
+            entries.append(_Entry(image, caption, {}))
+        else:
+            skipped.append((image, f"no caption: {sidecar} is empty"))
+    stems = {str(Path(image).with_suffix("")) for image in images}
+    alone = (name for stem, name in captions.items() if stem not in stems)
+    skipped.extend((name, "caption without an image") for name in alone)
+    return entries, skipped
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted POSIX paths, relative to the folder, of all files of these suffixes that are not hidden."""
+    found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    return sorted(p.as_posix() for p in found if not any(part[0] == "." for part in p.parts))
+
+
+def _read_image(file: Path, size: int) -> np.ndarray[Any, Any]:
+    """One image as uint8 (size, size, 3)."""
+    with warnings.catch_warnings():
+        # Pillow only warns up to twice its limit; here the limit is the limit.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as opened:
+            image = _on_white(ImageOps.exif_transpose(opened))
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    # Resized before it is padded: the square around a long strip could be larger than the memory.
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(square)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An RGB image: transparent ones composited on white, others converted."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16-bit grey: Pillow's own conversion would clip all above 255 to white.
+        grey = np.asarray(image).astype(np.int64) // 257
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _hash_share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _summary(skipped: Sequence[tuple[str, str]]) -> str:
+    """How many files were skipped, and the first of them with their reasons."""
+    first = "; ".join(f"{name} ({reason})" for name, reason in skipped[:NAMED])
+    more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+    return f"skipped {len(skipped)} files: {first}{more}"

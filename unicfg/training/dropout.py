@@ -1,0 +1,152 @@
+"""Condition dropout: the one thing that training needs for guidance.
+
+For a share of the samples the condition is replaced by a null condition, so that one network learns both the
+conditional and the unconditional output (Ho and Salimans, arXiv 2207.12598, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Condition: TypeAlias = "Tensor | tuple[Condition, ...] | list[Condition] | dict[str, Condition]"
+
+
+def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor) -> Condition:
+    """Replace the condition of the chosen samples, out of place.
+
+    Args:
+        condition: a tensor (B, ...), or a tuple, list or dict of these.
+        null_condition: the same structure without the batch dimension.
+        drop: bool (B,), True where the condition is to be replaced.
+
+    Returns:
+        a new condition of the same structure; ``condition`` itself is left as it was.
+
+    Raises:
+        TypeError: if the structures or dtypes differ, or ``drop`` is not bool.
+        ValueError: if the shapes do not match.
+
+    Example:
+        >>> ids, null = torch.tensor([[5, 6], [7, 8]]), torch.tensor([0, 0])
+        >>> drop_condition(ids, null, torch.tensor([True, False]))
+        tensor([[0, 0],
+                [7, 8]])
+    """
+    if isinstance(condition, dict):
+        if not isinstance(null_condition, dict) or condition.keys() != null_condition.keys():
+            raise TypeError(f"null_condition is no dict with the keys {sorted(condition)}")
+        return {k: drop_condition(v, null_condition[k], drop) for k, v in condition.items()}
+    if isinstance(condition, (tuple, list)):
+        if not isinstance(null_condition, (tuple, list)) or len(condition) != len(null_condition):
+            raise TypeError(f"null_condition is no sequence of {len(condition)} entries")
+        pairs = zip(condition, null_condition, strict=True)
+        return type(condition)(drop_condition(c, n, drop) for c, n in pairs)
+    if not isinstance(null_condition, Tensor) or condition.dtype != null_condition.dtype:
+        kind = getattr(null_condition, "dtype", type(null_condition).__name__)
+        raise TypeError(f"condition is {condition.dtype} and null_condition {kind}, expected equal")
+    if drop.dtype != torch.bool:
+        raise TypeError(f"drop is {drop.dtype}, expected bool")
+    if drop.shape != condition.shape[:1]:
+        raise ValueError(f"drop has shape {tuple(drop.shape)}, expected ({len(condition)},)")
+    null = expand_null(null_condition, len(condition))
+    if null.shape != condition.shape:
+        raise ValueError(
+            f"null_condition has shape {tuple(null_condition.shape)}, "
+            f"expected {tuple(condition.shape[1:])} to stand for one condition"
+        )
+    mask = drop.to(condition.device).view(-1, *[1] * (condition.ndim - 1))
+    return torch.where(mask, null.to(condition.device), condition)
+
+
+def expand_null(null_condition: Tensor, batch: int) -> Tensor:
+    """One null condition (T, ...) as a batch (B, T, ...), without copying."""
+    return null_condition.expand(batch, *null_condition.shape)
+
+
+class ConditionDropout(nn.Module):
+    """Wrap any model so that it learns with and without its condition: ``wrapped(x, cond, ...)``.
+
+    In training mode the condition of each sample is replaced by ``null_condition`` with probability ``p``,
+    independently; in eval mode the wrapper is transparent. The draws come from a generator of its own, whose
+    state is part of ``state_dict``, so a resumed run drops what the uninterrupted one would have dropped.
+
+    The wrapper owns the null condition and samplers read it from here, so what was trained is what is sampled.
+    A floating-point tensor becomes a parameter and is trained with the model. Ids become a buffer: the
+    embedding that they select is trained in the model's own table.
+
+    Args:
+        model: any callable module ``model(x, cond, ...)``.
+        null_condition: what stands for "no condition": a tensor without batch dimension (T,) or (T, D), or a
+            tuple, list or dict of tensors.
+        p: probability of dropping, in [0, 1].
+        seed: of the draws; give each process another.
+
+    Raises:
+        ValueError: if ``p`` lies outside [0, 1].
+
+    Example:
+        >>> wrapped = ConditionDropout(model, null_condition=torch.zeros(8, dtype=torch.long), p=0.1)
+        >>> loss = loss_function(wrapped(x, cond), target)
+    """
+
+    def __init__(
+        self, model: nn.Module, null_condition: Condition, p: float = 0.1, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is {p}, expected a probability between 0 and 1")
+        self.model = model
+        self.p = p
+        self._structure = self._register(null_condition, "null")
+        self._random = torch.Generator().manual_seed(seed)
+
+    def _register(self, condition: Condition, name: str) -> Any:
+        """Store each tensor under a name of its own; returns the structure with names for tensors."""
+        if isinstance(condition, dict):
+            return {k: self._register(v, f"{name}_{k}") for k, v in condition.items()}
+        if isinstance(condition, (tuple, list)):
+            entries = enumerate(condition)
+            return type(condition)(self._register(v, f"{name}_{i}") for i, v in entries)
+        if condition.is_floating_point():
+            self.register_parameter(name, nn.Parameter(condition.detach().clone()))
+        else:
+            self.register_buffer(name, condition.detach().clone())
+        return name
+
+    @property
+    def null_condition(self) -> Condition:
+        """The null condition, in the structure it was given."""
+        return self._lookup(self._structure)
+
+    def _lookup(self, structure: Any) -> Condition:
+        if isinstance(structure, dict):
+            return {k: self._lookup(v) for k, v in structure.items()}
+        if isinstance(structure, (tuple, list)):
+            return type(structure)(self._lookup(v) for v in structure)
+        tensor: Tensor = getattr(self, structure)
+        return tensor
+
+    def forward(self, x: Any, cond: Condition, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with ``cond``, or in training mode with the null condition for some samples."""
+        if self.training and self.p > 0:
+            drop = torch.rand(_batch_size(cond), generator=self._random) < self.p
+            cond = drop_condition(cond, self.null_condition, drop)
+        return self.model(x, cond, *args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """State of the random draws, for ``state_dict``."""
+        return self._random.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the random draws from ``state_dict``."""
+        self._random.set_state(state.cpu())
+
+
+def _batch_size(condition: Condition) -> int:
+    while not isinstance(condition, Tensor):
+        values = condition.values() if isinstance(condition, dict) else condition
+        condition = next(iter(values))
+    return len(condition)

@@ -1,0 +1,140 @@
+"""Recipes: one YAML file says everything about a training.
+
+Every section is a dataclass and its fields are the keys; a key that is none of them is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import yaml
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the captioned images come from."""
+
+    source: Literal["folder", "shapes"] = "folder"
+    path: str = ""  # folder: images with metadata.jsonl, metadata.csv or .txt beside each
+    image_size: int = 64  # pixels a side
+    count: int = 20_000  # shapes: how many scenes
+    wrong: float = 0.15  # shapes: share of vague or wrong captions
+    validation: float = 0.1  # share held out, where the data names no split itself
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with warm-up, cosine decay, gradient clipping and an exponential moving average."""
+
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup: int = 200  # steps
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.999  # decay of the moving average a step
+    log_every: int = 20  # steps
+    sample_every: int = 500  # steps between validation losses and sample grids
+    checkpoint_every: int = 500  # steps
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        counts = ("steps", "batch_size", "log_every", "sample_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}, expected a decay in [0, 1)")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected a number > 0")
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The image tokenizer: the fields of ``VQTokenizerConfig``, and how to train it."""
+
+    factor: int = 8
+    width: int = 64
+    depth: int = 2
+    quantizer: Literal["fsq", "vq"] = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+    adversarial: float = 0.0  # weight of the PatchGAN loss, from half of the steps on; 0 is off
+    flip: bool = True  # mirror images at random; the tokenizer sees no captions
+    training: Optimization = field(default_factory=Optimization)
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """The caption tokenizer."""
+
+    vocabulary: int = 2048
+    length: int = 32  # tokens of the prefix
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The model: its family and the fields of its configuration."""
+
+    family: Literal["ar"] = "ar"
+    width: int = 256
+    depth: int = 6
+    heads: int = 4
+    dropout: float = 0.0
+    condition_dropout: float = 0.1  # share of samples trained without their condition
+    training: Optimization = field(default_factory=Optimization)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training: data, tokenizer, text, model."""
+
+    out: str  # folder of checkpoints, logs, sample grids and the finished pipeline
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    prompts: tuple[str, ...] = ()  # drawn in the sample grids; () takes validation captions
+
+
+def load_recipe(file: Path | str) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no YAML mapping, a key is unknown or missing, or a value is of another type or out
+            of its range; names the key and what was expected.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no recipe at {file}, expected a YAML file")
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
+    _check_keys(values, Recipe, str(file))
+    try:
+        return dacite.from_dict(Recipe, values, dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.DaciteError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_keys(values: dict[str, Any], section: type[Any], where: str) -> None:
+    """Refuse unknown keys, naming the ones that are known."""
+    known = {f.name: f for f in dataclasses.fields(section)}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
+        factory = known[key].default_factory
+        if isinstance(value, dict) and isinstance(factory, type):
+            _check_keys(value, factory, f"{where}: {key}")

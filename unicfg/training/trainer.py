@@ -1,0 +1,315 @@
+"""From a recipe to a finished pipeline: data, image tokenizer, captions, codes, model.
+
+Each stage leaves its result in the recipe's folder, and a resumed run takes it from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from models import TextToImage, TextTokenizer, TokenTransformer, TokenTransformerConfig
+from tokenizers_vq import (
+    AdversarialLoss,
+    VQTokenizer,
+    VQTokenizerConfig,
+    codebook_statistics,
+    reconstruction_loss,
+)
+from unicfg.guidance import Guidance
+from unicfg.pictures import grid, save_picture, to_images
+from unicfg.training.checkpoint import write_atomically
+from unicfg.training.data import ImageSet, read_folder, to_float
+from unicfg.training.dropout import ConditionDropout
+from unicfg.training.optimize import fit
+from unicfg.training.recipe import DataRecipe, Recipe, TokenizerRecipe
+from unicfg.training.shapes import make_shapes
+
+SAMPLE_SCALES = (1.0, 3.0)
+SAMPLE_PROMPTS = 8
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
+    """Run every stage of a recipe and save the pipeline into ``recipe.out``.
+
+    Args:
+        recipe: see :mod:`unicfg.training.recipe`.
+        resume: go on where an interrupted run of the same recipe stopped.
+
+    Returns:
+        the trained pipeline.
+
+    Raises:
+        ValueError: if the recipe does not fit its data, or ``recipe.out`` holds another run.
+        FileNotFoundError: if the data is not there.
+    """
+    out = Path(recipe.out)
+    _claim_folder(recipe, out, resume)
+    data = load_data(recipe.data)
+    train_set, val_set = data.split(recipe.data.validation)
+    print(f"{len(train_set)} training and {len(val_set)} validation images")
+    if not len(train_set) or not len(val_set):
+        raise ValueError(
+            f"{len(train_set)} training and {len(val_set)} validation images, "
+            "expected at least one of each: add images or change data.validation"
+        )
+    tokenizer = train_tokenizer(recipe, train_set, val_set, out, resume=resume)
+    text = _text_tokenizer(recipe, train_set, out)
+    codes = [
+        _codes(tokenizer, text, part, out / "codes" / f"{name}.safetensors")
+        for name, part in (("train", train_set), ("validation", val_set))
+    ]
+    return _train_model(recipe, tokenizer, text, codes[0], codes[1], val_set, out, resume=resume)
+
+
+def load_data(recipe: DataRecipe) -> ImageSet:
+    """The captioned images that a recipe names.
+
+    Raises:
+        ValueError: if a folder is expected and none is named.
+    """
+    if recipe.source == "shapes":
+        return make_shapes(recipe.count, size=recipe.image_size, wrong=recipe.wrong)
+    if not recipe.path:
+        raise ValueError("data.path is empty, expected the folder of the captioned images")
+    return read_folder(recipe.path, recipe.image_size)
+
+
+def _claim_folder(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Write the recipe beside its results; refuse to mix two runs in one folder."""
+    file = out / "recipe.json"
+    text = json.dumps(asdict(recipe), indent=2) + "\n"
+    if file.exists() and not resume:
+        raise ValueError(f"{out} holds a run already: resume it, or choose another folder as out")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+class _Images(Dataset[Tensor]):
+    """uint8 images as floats in [-1, 1], converted one batch at a time."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_float(self.images[index])
+
+
+def train_tokenizer(
+    recipe: Recipe, train_set: ImageSet, val_set: ImageSet, out: Path, *, resume: bool = False
+) -> VQTokenizer:
+    """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
+    if resume and (out / "tokenizer" / "config.json").exists():
+        return VQTokenizer.from_pretrained(out / "tokenizer")
+    settings = recipe.tokenizer
+    set_seed(settings.training.seed)
+    tokenizer = VQTokenizer(_tokenizer_config(settings, recipe.data.image_size))
+    held_out = to_float(val_set.images[:512])
+    loss = _TokenizerLoss(tokenizer, settings)
+
+    def report(average: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(average, _TokenizerLoss)
+        values, picture = evaluate_tokenizer(average.tokenizer.eval(), held_out)
+        save_picture(picture, out / "pictures" / f"tokenizer-{step:06d}.png")
+        return values
+
+    trained = fit(
+        loss,
+        _Images(train_set.images),
+        lambda module, batch, step: module(batch, step),
+        settings.training,
+        out / "logs" / "tokenizer",
+        resume=resume,
+        report=report,
+    )
+    assert isinstance(trained, _TokenizerLoss)
+    tokenizer = trained.tokenizer.cpu().eval()
+    tokenizer.fit_latent_statistics(to_float(train_set.images[:2048]))
+    tokenizer.save_pretrained(out / "tokenizer")
+    return tokenizer
+
+
+def _tokenizer_config(recipe: TokenizerRecipe, image_size: int) -> VQTokenizerConfig:
+    shared = VQTokenizerConfig.__dataclass_fields__.keys() & asdict(recipe).keys()
+    return VQTokenizerConfig(
+        image_size=image_size, **{name: getattr(recipe, name) for name in shared}
+    )
+
+
+class _TokenizerLoss(nn.Module):
+    """The tokenizer with its losses: one module, so that one loop and one optimizer train all of it."""
+
+    def __init__(self, tokenizer: VQTokenizer, recipe: TokenizerRecipe) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.adversarial = AdversarialLoss(recipe.adversarial) if recipe.adversarial else None
+        self.adversarial_from = recipe.training.steps // 2
+        self.flip = recipe.flip
+
+    def forward(self, images: Tensor, step: int) -> Tensor:
+        """Scalar loss of images (B, 3, H, W)."""
+        if self.flip and step % 2:
+            images = images.flip(-1)
+        output, quantized = self.tokenizer(images)
+        loss = reconstruction_loss(output, images) + quantized.loss
+        if self.adversarial is not None and step >= self.adversarial_from:
+            last_layer = self.tokenizer.decoder.head[2].weight
+            # the critic must not learn from the decoder's loss, nor the decoder from the critic's
+            self.adversarial.requires_grad_(False)
+            loss = loss + self.adversarial.generator(output, loss, last_layer)
+            self.adversarial.requires_grad_(True)
+            loss = loss + self.adversarial.critic(output, images)
+        return loss
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> tuple[dict[str, float], Any]:
+    """PSNR in dB, codebook usage and perplexity on images (N, 3, H, W), and a picture of some.
+
+    The picture has originals and reconstructions in alternating rows.
+    """
+    device = tokenizer.latent_mean.device
+    ids = torch.cat([tokenizer.encode(batch.to(device)) for batch in images.split(64)])
+    decoded = torch.cat([tokenizer.decode(batch).cpu() for batch in ids.split(64)])
+    error = ((decoded - images) / 2).square().mean((1, 2, 3))
+    statistics = codebook_statistics(ids.cpu(), tokenizer.codebook_size)
+    values = {
+        "psnr": float((-10 * error.clamp(min=1e-10).log10()).mean()),
+        "codebook_usage": statistics.usage,
+        "codebook_perplexity": statistics.perplexity,
+    }
+    shown = [to_images(part[:32]) for part in (images, decoded)]
+    rows = [part[i : i + 8] for i in range(0, len(shown[0]), 8) for part in shown]
+    return values, grid(rows, cell=96)
+
+
+def _text_tokenizer(recipe: Recipe, train_set: ImageSet, out: Path) -> TextTokenizer:
+    if (out / "text.json").exists():
+        return TextTokenizer.load(out / "text.json")
+    text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
+    text.save(out / "text.json")
+    return text
+
+
+def _codes(tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, file: Path) -> TensorDataset:
+    """Image tokens and text tokens of a data set, made once and kept with a mark of what made them."""
+    mark = _mark(tokenizer, text, images)
+    if file.exists():
+        with safe_open(file, framework="pt") as handle:
+            if (handle.metadata() or {}).get("made_from") == mark:
+                return TensorDataset(handle.get_tensor("ids"), handle.get_tensor("text"))
+    ids = torch.cat(
+        [tokenizer.encode(to_float(batch)).flatten(1) for batch in images.images.split(64)]
+    )
+    captions = text.encode(images.captions)
+    write_atomically({"ids": ids, "text": captions}, file, {"made_from": mark})
+    return TensorDataset(ids, captions)
+
+
+def _mark(tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet) -> str:
+    """A hash of the tokenizers and the data: stale codes are not used."""
+    digest = hashlib.sha256(text.bpe.to_str().encode())
+    for tensor in (*tokenizer.state_dict().values(), images.images):
+        digest.update(tensor.numpy().tobytes())
+    digest.update("\n".join(images.captions).encode())
+    return digest.hexdigest()
+
+
+def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
+    """Mean cross-entropy of image tokens (B, L) under a token model, in nats a token."""
+    logits = model(ids, cond)
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+def _train_model(
+    recipe: Recipe,
+    tokenizer: VQTokenizer,
+    text: TextTokenizer,
+    train_codes: TensorDataset,
+    val_codes: TensorDataset,
+    val_set: ImageSet,
+    out: Path,
+    *,
+    resume: bool,
+) -> TextToImage:
+    settings = recipe.model
+    set_seed(settings.training.seed)
+    config = TokenTransformerConfig(
+        codebook_size=tokenizer.codebook_size,
+        grid=tokenizer.grid(recipe.data.image_size),
+        condition_vocabulary=text.vocabulary,
+        condition_length=text.length,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        dropout=settings.dropout,
+    )
+    wrapped = ConditionDropout(
+        TokenTransformer(config),
+        text.null_condition,
+        settings.condition_dropout,
+        seed=settings.training.seed,
+    )
+    prompts = list(recipe.prompts or val_set.captions)[:SAMPLE_PROMPTS]
+
+    def report(average: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(average, ConditionDropout)
+        values = _validation_losses(average, val_codes)
+        pipe = TextToImage(text, average, tokenizer.to(_device(average)))
+        save_picture(_samples(pipe, prompts), out / "pictures" / f"{settings.family}-{step:06d}.png")
+        return values
+
+    trained = fit(
+        wrapped,
+        train_codes,
+        lambda module, batch, step: token_loss(module, *batch),
+        settings.training,
+        out / "logs" / settings.family,
+        resume=resume,
+        report=report,
+    )
+    assert isinstance(trained, ConditionDropout)
+    pipe = TextToImage(text, trained.cpu(), tokenizer.cpu(), settings.family)
+    pipe.save_pretrained(out)
+    return pipe
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+@torch.no_grad()
+def _validation_losses(wrapped: ConditionDropout, codes: TensorDataset) -> dict[str, float]:
+    """Loss with and without the condition; their difference is what guidance has to work with."""
+    device = _device(wrapped)
+    ids, cond = (tensor[:512].to(device) for tensor in codes.tensors)
+    null = wrapped.null_condition
+    assert isinstance(null, Tensor)
+    return {
+        "validation_loss": float(token_loss(wrapped.model, ids, cond)),
+        "validation_loss_uncond": float(token_loss(wrapped.model, ids, null.expand_as(cond))),
+    }
+
+
+def _samples(pipe: TextToImage, prompts: list[str]) -> Any:
+    """A grid of prompts by scales, the same seed in every cell of a row."""
+    columns = []
+    for s in SAMPLE_SCALES:
+        images = pipe(prompts, seeds=list(range(len(prompts))), guidance=Guidance(s))
+        columns.append(images)
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    labels = [f"s = {s:g}" for s in SAMPLE_SCALES]
+    return grid(rows, row_labels=prompts, column_labels=labels)
