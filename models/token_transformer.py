@@ -1,7 +1,6 @@
 """``TokenTransformer``: logits of image tokens given a condition."""
 
-from __future__ import annotations
-
+# annotations are not postponed here: the hub mixin reads the type of ``config`` to rebuild it from JSON
 from dataclasses import dataclass
 
 import torch

@@ -66,6 +66,18 @@ class StrictHubMixin(PyTorchModelHubMixin):
     """
 
     @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:
+        """Build from the configuration, then load a local file, or one from the hub."""
+        if not Path(model_id).is_dir():
+            return super()._from_pretrained(model_id=model_id, **options)
+        reserved = ("revision", "cache_dir", "force_download", "local_files_only", "token", "strict")
+        arguments = {k: v for k, v in options.items() if k not in reserved}
+        device = arguments.pop("map_location", "cpu")
+        model = cls(**arguments)
+        file = str(Path(model_id) / "model.safetensors")
+        return cls._load_as_safetensor(model, file, device, strict=True).eval()
+
+    @classmethod
     def _load_as_safetensor(
         cls, model: Any, model_file: str, map_location: str, strict: bool
     ) -> Any:

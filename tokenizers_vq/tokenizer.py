@@ -1,7 +1,6 @@
 """``VQTokenizer``: an image as a grid of codebook indices, or as a grid of continuous latents."""
 
-from __future__ import annotations
-
+# annotations are not postponed here: the hub mixin reads the type of ``config`` to rebuild it from JSON
 from dataclasses import dataclass
 from typing import Literal
 

@@ -69,7 +69,7 @@ class TokenStep:
     uncond_out: Tensor | None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
 def sample_autoregressive(
     model: ConditionDropout | AutoregressiveModel,
     cond: Tensor,
@@ -83,8 +83,6 @@ def sample_autoregressive(
     callback: Callable[[TokenStep], None] | None = None,
 ) -> Tensor:
     """Draw image tokens by extrapolated logits.
-
-    Main arguments:
 
     Args:
         model: a model, or the ``ConditionDropout`` it was trained in, which brings the null condition.
@@ -198,11 +196,10 @@ class _Branches:
 
 def _check_uncond(uncond: Tensor, cond: Tensor) -> Tensor:
     """The null condition as (1, T), or one negative condition a sample as (B, T)."""
-    if uncond.ndim == cond.ndim - 1:
-        uncond = expand_null(uncond, 1)
-    if uncond.shape[1:] != cond.shape[1:] or len(uncond) not in (1, len(cond)):
+    if uncond.shape not in (cond.shape, cond.shape[1:]):
         raise ValueError(
             f"uncond has shape {tuple(uncond.shape)}, expected {tuple(cond.shape[1:])} "
             f"or {tuple(cond.shape)}"
         )
-    return uncond.to(cond.device)
+    rows = uncond if uncond.shape == cond.shape else expand_null(uncond, 1)
+    return rows.to(cond.device)

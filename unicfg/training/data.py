@@ -243,9 +243,10 @@ def _text_field(row: dict[str, Any], key: str, where: str) -> str:
     """A required field of a metadata row."""
     if key not in row:
         raise ValueError(f"{where}: no {key!r}, expected file_name and text")
-    if not isinstance(row[key], str):
-        raise ValueError(f"{where}: {key} is {row[key]!r}, expected a text")
-    return row[key]
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} is {value!r}, expected a text")
+    return value
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -57,7 +57,7 @@ RELATIONS: Mapping[Relation, tuple[int, int]] = {
 SUPERSAMPLING = 4  # drawn so many times larger, then averaged
 SIZE_JITTER = 0.04  # share of the diameter
 POSITION_JITTER = 0.08  # share of the side
-MARGIN = 0.015  # share of the side kept free along each border and along the line between two objects
+MARGIN = 0.015  # share of the side kept free at each border and on both sides of the middle line
 
 T = TypeVar("T")
 
@@ -148,9 +148,7 @@ def make_shapes(
         images[i] = render(scene, size, rng)
         kind, caption = _caption(scene, wrong, rng)
         captions.append(caption)
-        attributes.append(
-            asdict(scene) | {"caption_kind": kind, "exact_caption": describe(scene)}
-        )
+        attributes.append(asdict(scene) | {"caption_kind": kind, "exact_caption": describe(scene)})
     return ImageSet(images, captions, attributes)
 
 
@@ -211,7 +209,7 @@ _EXTENT = 1.08
 _OUTLINES: Mapping[Shape, np.ndarray[Any, Any]] = {
     "square": 0.44 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
     "triangle": 0.54 * np.array([(0, -0.92), (1, 0.92), (-1, 0.92)]),
-    "star": 0.56 * (np.array(_star_outline(0.42)) + (0, -0.095)) + (0, 0.106),
+    "star": np.add(0.56 * np.array(_star_outline(0.42)), (0, 0.0528)),
 }
 
 
@@ -272,15 +270,15 @@ def _alter(scene: Scene, rng: np.random.Generator) -> Scene:
         options["relation"] = tuple(RELATIONS)
     for k in range(len(scene.objects)):
         options |= {f"shape {k}": SHAPES, f"colour {k}": tuple(COLOURS), f"size {k}": tuple(SIZES)}
-    name, _, k = _pick(rng, tuple(options)).partition(" ")
-    target: Scene | Thing = scene.objects[int(k)] if k else scene
-    now = getattr(target, name)
-    others = [value for value in options[f"{name} {k}".strip()] if value != now]
-    value = _pick(rng, others)
-    if not k:
-        return replace(scene, **{name: value})  # type: ignore[arg-type]
+    chosen = _pick(rng, tuple(options))
+    name, _, number = chosen.partition(" ")
+    target: Any = scene.objects[int(number)] if number else scene
+    others = [value for value in options[chosen] if value != getattr(target, name)]
+    changed = replace(target, **{name: _pick(rng, others)})
+    if isinstance(changed, Scene):
+        return changed
     objects = list(scene.objects)
-    objects[int(k)] = replace(objects[int(k)], **{name: value})  # type: ignore[arg-type]
+    objects[int(number)] = changed
     return replace(scene, objects=tuple(objects))
 
 

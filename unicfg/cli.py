@@ -1,0 +1,182 @@
+"""The command line: ``unicfg train RECIPE`` and ``unicfg generate PROMPT``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from tqdm.auto import tqdm
+
+from models import TextToImage
+from unicfg.guidance import Guidance
+from unicfg.pictures import grid, save_picture
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One guidance for autoregressive and diffusion token models.",
+)
+BATCH = 64  # images drawn at once
+LIST_OPTIONS = ("--scales",)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see examples/recipes.")],
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+) -> None:
+    """Train an image tokenizer and a model on captioned images.
+
+    Writes checkpoints, metrics.jsonl and sample grids into the folder that the recipe names as out.
+    """
+    # imported here: generating must not wait for the training libraries
+    from unicfg.training.recipe import load_recipe
+    from unicfg.training.trainer import train as run
+
+    settings = load_recipe(recipe)
+    run(settings, resume=resume)
+    print(f"the pipeline is in {settings.out}: unicfg generate PROMPT --weights {settings.out}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file with one prompt a line.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Shipped weights (emoji, shapes), a folder, or a hub repository.")
+    ] = "emoji",
+    family: Annotated[str, typer.Option(help="How the model generates.")] = "ar",
+    scale: Annotated[
+        float, typer.Option(help="s: 1 is the conditional model, more is stronger.")
+    ] = 3.0,
+    scales: Annotated[
+        list[float] | None,
+        typer.Option(help="Several scales at once, for a grid: --scales 0 1 2 4 8."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Images a prompt.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the first image; the next has seed + 1.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/unicfg.png"),
+) -> None:
+    """Draw images of a prompt, or a grid of several prompts or scales, into one picture."""
+    texts = _prompts(prompt, prompts)
+    values = scales or [scale]
+    guidances = [Guidance(value) for value in values]  # bad scales are refused before weights are read
+    pipe = TextToImage.from_pretrained(weights, family)
+    jobs = [(text, seed + i) for text in texts for i in range(n)]
+    steps = pipe.model.model.num_tokens  # type: ignore[union-attr]
+    total = len(guidances) * -(-len(jobs) // BATCH) * int(steps)  # type: ignore[arg-type]
+    columns: list[list[Image.Image]] = []
+    with tqdm(total=total, desc="drawing", unit="token") as bar:
+        for guidance in guidances:
+            column: list[Image.Image] = []
+            for start in range(0, len(jobs), BATCH):
+                chunk = jobs[start : start + BATCH]
+                column += pipe(
+                    [text for text, _ in chunk],
+                    seeds=[number for _, number in chunk],
+                    guidance=guidance,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    callback=lambda _: bar.update(),
+                )
+            columns.append(column)
+    picture = _arrange(texts, values, columns, n, seed)
+    print(f"the picture is in {save_picture(picture, out)}")
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompts to draw, from the command line or a file.
+
+    Raises:
+        ValueError: if there are none, or both are given.
+        FileNotFoundError: if the file is not there.
+    """
+    if (prompt is None) == (file is None):
+        raise ValueError("expected either a PROMPT or --prompts FILE")
+    if prompt is not None:
+        return [prompt]
+    assert file is not None
+    if not file.is_file():
+        raise FileNotFoundError(f"no prompts at {file}, expected a text file with one a line")
+    lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{file} is empty, expected one prompt a line")
+    return lines
+
+
+def _arrange(
+    prompts: list[str],
+    scales: list[float],
+    columns: list[list[Image.Image]],
+    n: int,
+    seed: int,
+) -> Image.Image:
+    """Lay out the images of every scale, prompt and seed.
+
+    One prompt: a row a scale, a column a seed. Several prompts at one scale: a row a prompt, a column a seed.
+    Several prompts and scales: a row a prompt and seed, a column a scale.
+    """
+    scale_labels = [f"s = {value:g}" for value in scales]
+    seeds = [f"seed {seed + i}" for i in range(n)]
+    if len(prompts) == 1:
+        return grid(columns, row_labels=scale_labels, column_labels=seeds)
+    if len(scales) == 1:
+        rows = [columns[0][i : i + n] for i in range(0, len(columns[0]), n)]
+        return grid(rows, row_labels=prompts, column_labels=seeds)
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    names = [text if n == 1 else f"{text} ({label})" for text in prompts for label in seeds]
+    return grid(rows, row_labels=names, column_labels=scale_labels)
+
+
+def expand_lists(arguments: list[str]) -> list[str]:
+    """Let ``--scales 0 1 2`` stand for ``--scales 0 --scales 1 --scales 2``."""
+    expanded: list[str] = []
+    option: str | None = None
+    for argument in arguments:
+        if argument in LIST_OPTIONS:
+            option = argument
+            continue
+        if option is not None and _is_number(argument):
+            expanded += [option, argument]
+            continue
+        if option is not None and (not expanded or expanded[-2:-1] != [option]):
+            expanded.append(option)  # no number followed: let the parser complain
+        option = None
+        expanded.append(argument)
+    if option is not None and expanded[-2:-1] != [option]:
+        expanded.append(option)
+    return expanded
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors of the user's making are one line, not a traceback."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(expand_lists(arguments))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; unicfg train --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
