@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.size < 1:
             raise ValueError(f"--size is {options.size}, expected at least 1 pixel")
+        if options.pip_only and options.groups:
+            raise ValueError("--groups needs the npm packages, expected it without --pip-only")
         check_target(options.out)
         with tempfile.TemporaryDirectory() as scratch:
             if options.pip_only:

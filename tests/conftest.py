@@ -1,3 +1,7 @@
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # bars would bury what a failing test prints
+
 import torch
 from hypothesis import settings
 

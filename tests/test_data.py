@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unicfg.training.data import ImageSet, read_folder, to_float, to_pil
+from unicfg.training.data import ImageSet, read_folder, to_float, to_images
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
@@ -113,7 +113,7 @@ def test_bytes_survive_the_way_through_floats():
     floats = to_float(pixels)
     assert floats.dtype == torch.float32
     assert (floats.min(), floats.max()) == (-1, 1)
-    back = np.asarray(to_pil(floats)[0])
+    back = np.asarray(to_images(floats)[0])
     assert np.array_equal(back, pixels[0].permute(1, 2, 0).numpy())
 
 

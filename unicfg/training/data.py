@@ -19,9 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from unicfg.pictures import to_images as to_pil
 
-__all__ = ["IMAGE_SUFFIXES", "ImageSet", "read_folder", "to_float", "to_pil"]
+
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NAMED = 5  # files that a warning or an error names before it only counts
@@ -172,7 +171,7 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Pixels 0..255 as the floats in [-1, 1] that models see; ``to_pil`` undoes it exactly.
+    """Pixels 0..255 as the floats in [-1, 1] that models see; ``unicfg.pictures.to_images`` undoes it exactly.
 
     Args:
         images: uint8, any shape.

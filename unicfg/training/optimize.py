@@ -134,7 +134,8 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
     start, resumed = 0, checkpoints.load() if resume else None
     batches = EpochBatches(len(data), settings.batch_size, settings.steps, settings.seed)  # type: ignore[arg-type]
-    loader = DataLoader(data, batch_sampler=batches)
+    # a generator of its own: starting an epoch draws a number, which would shift all that come after a resume
+    loader = DataLoader(data, batch_sampler=batches, generator=torch.Generator().manual_seed(0))
     model, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     bare = accelerator.unwrap_model(model)
     if resumed is not None:

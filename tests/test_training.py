@@ -1,0 +1,293 @@
+"""Training: recipes, the loop, checkpoints, resuming, and a model that learns to draw what it saw."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from models import TextToImage
+from unicfg import Guidance
+from unicfg.training.checkpoint import Checkpoints, write_atomically
+from unicfg.training.data import ImageSet
+from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
+from unicfg.training.recipe import Optimization, Recipe, load_recipe
+from unicfg.training.trainer import load_data, train
+
+TINY = {
+    "data": {"source": "shapes", "image_size": 16, "count": 40, "validation": 0.2},
+    "tokenizer": {"factor": 4, "width": 16, "depth": 1, "levels": [5, 5, 5]},
+    "text": {"vocabulary": 280, "length": 12},
+    "model": {"width": 32, "depth": 2, "heads": 4, "dropout": 0.1, "condition_dropout": 0.3},
+}
+SCHEDULE = {"batch_size": 8, "log_every": 1, "sample_every": 100, "checkpoint_every": 2, "warmup": 2}
+
+
+def tiny_recipe(out, steps=4, **changes):
+    values = json.loads(json.dumps(TINY)) | {"out": str(out)}
+    for part in ("tokenizer", "model"):
+        values[part]["training"] = SCHEDULE | {"steps": steps} | changes
+    return values
+
+
+def write_recipe(folder, values):
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def run(file, *options):
+    command = [sys.executable, "-m", "unicfg", "train", str(file), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# recipes
+
+
+def test_shipped_recipes_are_valid():
+    for name in ("emoji", "shapes"):
+        recipe = load_recipe(f"examples/recipes/{name}.yaml")
+        assert recipe.model.family == "ar" and recipe.model.condition_dropout == 0.1
+
+
+def test_a_recipe_is_read_with_its_types(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, tiny_recipe("x", betas=[0.9, 0.99])))
+    assert recipe.tokenizer.levels == (5, 5, 5)
+    assert recipe.model.training.betas == (0.9, 0.99)
+    assert recipe.model.training.clip == 1.0  # a default
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": {}}, "unknown key 'modle', expected one of .*'model'"),
+        ({"model": {"widht": 3}}, "model: unknown key 'widht', expected one of .*'width'"),
+        ({"model": {"training": {"lr": 1}}}, "model: training: unknown key 'lr'.*'learning_rate'"),
+        ({"model": {"width": "wide"}}, "model.width"),
+        ({"model": {"family": "gan"}}, "model.family"),
+        ({"model": {"training": {"steps": 0}}}, "steps is 0, expected at least 1"),
+        ({"model": {"training": {"ema": 1.0}}}, r"ema is 1\.0"),
+    ],
+)
+def test_bad_recipes_are_refused_with_the_key(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write_recipe(tmp_path, {"out": "x"} | change))
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="holds list, expected a mapping"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is no YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "empty.yaml").write_text("data: {}")
+    with pytest.raises(ValueError, match="out"):
+        load_recipe(tmp_path / "empty.yaml")
+
+
+def test_a_recipe_without_a_folder_is_refused():
+    with pytest.raises(ValueError, match="data.path is empty"):
+        load_data(Recipe(out="x").data)
+
+
+# the loop
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    whole = list(EpochBatches(10, 3, steps=9, seed=1))
+    assert list(EpochBatches(10, 3, steps=9, seed=1, start=4)) == whole[4:]
+    assert list(EpochBatches(10, 3, steps=9, seed=2)) != whole
+    first_epoch = [i for batch in whole[:3] for i in batch]
+    assert len(set(first_epoch)) == 9  # each sample at most once an epoch
+    assert whole[:3] != whole[3:6]
+    with pytest.raises(ValueError, match="count is 0"):
+        EpochBatches(0, 3, 9, 1)
+
+
+def test_learning_rate_by_hand():
+    settings = Optimization(steps=110, warmup=10, learning_rate=1.0, final_learning_rate=0.2)
+    assert learning_rate(0, settings) == pytest.approx(0.1)
+    assert learning_rate(9, settings) == pytest.approx(1.0)
+    assert learning_rate(60, settings) == pytest.approx(0.6)
+    assert learning_rate(110, settings) == pytest.approx(0.2)
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 1))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def line_loss(module, batch, step):
+    x, y = batch
+    return (module(x) - y).square().mean()
+
+
+def line_data(n=64):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, x @ torch.tensor([[1.0], [-2.0], [0.5]]))
+
+
+def test_fit_finds_a_line_and_returns_the_average(tmp_path):
+    settings = Optimization(
+        steps=400, batch_size=16, learning_rate=0.05, weight_decay=0.0, ema=0.9, checkpoint_every=100
+    )
+    trained = fit(Line(), line_data(), line_loss, settings, tmp_path, tracker=False)
+    assert not trained.training
+    torch.testing.assert_close(
+        trained.weight.detach(), torch.tensor([[1.0], [-2.0], [0.5]]), atol=1e-2, rtol=0
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 400 and lines[-1]["loss"] < 1e-3
+    assert {"loss", "learning_rate", "gradient_norm", "samples_per_second"} <= lines[-1].keys()
+    assert len(Checkpoints(tmp_path / "checkpoints").files()) == 2  # the others are removed
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    def broken(module, batch, step):
+        return line_loss(module, batch, step) * (float("nan") if step == 3 else 1)
+
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
+        fit(Line(), line_data(), broken, Optimization(steps=9), tmp_path, tracker=False)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    settings = Optimization(steps=4, checkpoint_every=2)
+    fit(Line(), line_data(), line_loss, settings, tmp_path, tracker=False)
+    changed = dataclasses.replace(settings, learning_rate=0.5)
+    with pytest.raises(ValueError, match=r"learning_rate.*0\.001.*now \[0\.5\]"):
+        fit(Line(), line_data(), line_loss, changed, tmp_path, resume=True, tracker=False)
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl", 0)
+    for step in range(1, 6):
+        log.write(step, {"loss": step})
+    MetricsLog(tmp_path / "m.jsonl", 3).write(4, {"loss": 40})
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["loss"] == 40
+
+
+# checkpoints
+
+
+def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": torch.full((4,), float(step))}, {"a": step})
+    newest = checkpoints.files()[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    step, tensors, settings = checkpoints.load()
+    assert step == 2 and tensors["x"].tolist() == [2.0] * 4 and settings == {"a": 2}
+    assert "step-00000003" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "none").load() is None
+
+
+def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
+    """A limit on file size stands for the full disk: both end in a failed write."""
+    file = tmp_path / "weights.safetensors"
+    write_atomically({"x": torch.ones(4)}, file, {})
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path;"
+        "from unicfg.training.checkpoint import write_atomically;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "write_atomically({'x': torch.ones(1_000_000)}, Path(sys.argv[1]), {})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "OSError: could not write" in done.stderr and "4.0 MB" in done.stderr
+    assert load_file(file)["x"].tolist() == [1.0] * 4
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # the limit was the child's own
+
+
+# whole trainings
+
+
+def test_resumed_equals_uninterrupted_in_a_new_process(tmp_path):
+    """Weights, average, optimizer, data order and dropout draws: bit-equal after a stop half-way."""
+    whole = write_recipe(tmp_path, tiny_recipe(tmp_path / "whole", steps=6))
+    assert run(whole).returncode == 0
+    out = tmp_path / "halves"
+    halves = write_recipe(tmp_path, tiny_recipe(out, steps=6))
+    assert run(halves).returncode == 0
+    # as if killed after step 4 of the model: what came later is gone
+    (out / "logs/ar/checkpoints/step-00000006.safetensors").unlink()
+    shutil.rmtree(out / "ar")
+    again = run(halves, "--resume")
+    assert again.returncode == 0, again.stderr
+    for name in ("ar/model.safetensors", "logs/ar/checkpoints/step-00000006.safetensors"):
+        a, b = load_file(tmp_path / "whole" / name), load_file(out / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = [
+        [json.loads(x).get("loss") for x in (f / "logs/ar/metrics.jsonl").read_text().splitlines()]
+        for f in (tmp_path / "whole", out)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
+    out = tmp_path / "run"
+    file = write_recipe(tmp_path, tiny_recipe(out, steps=2, sample_every=1))
+    done = run(file)
+    assert done.returncode == 0, done.stderr
+    assert f"the pipeline is in {out}" in done.stdout
+    assert (out / "pictures/ar-000002.png").exists()
+    assert (out / "pictures/tokenizer-000002.png").exists()
+    lines = [json.loads(x) for x in (out / "logs/tokenizer/metrics.jsonl").read_text().splitlines()]
+    report = next(line for line in lines if "psnr" in line)
+    assert {"codebook_usage", "codebook_perplexity"} <= report.keys()
+    assert TextToImage.from_pretrained(out)(["a red circle"], seeds=[0])[0].size == (16, 16)
+    refused = run(file)
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_image_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):
+    values = tiny_recipe(tmp_path / "x")
+    values["data"] |= {"image_size": 24}
+    values["tokenizer"] |= {"factor": 16}
+    done = run(write_recipe(tmp_path, values))
+    assert done.returncode == 2
+    assert "image_size is 24, expected a multiple of the factor 16" in done.stderr
+
+
+def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch):
+    """End to end: four flat colours by name; guidance makes the named colour more certain."""
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    names = list(colours) * 10
+    images = torch.tensor([colours[n] for n in names], dtype=torch.uint8)[:, :, None, None]
+    data = ImageSet(images.expand(-1, 3, 8, 8).contiguous(), names, [{} for _ in names])
+    monkeypatch.setattr("unicfg.training.trainer.load_data", lambda recipe: data)
+    settings = {"batch_size": 16, "learning_rate": 5e-3, "ema": 0.9, "warmup": 5}
+    settings |= {"sample_every": 1000, "checkpoint_every": 1000}
+    values = tiny_recipe(tmp_path / "run", steps=150)
+    values["data"]["image_size"] = 8
+    values["model"] |= {"dropout": 0.0, "condition_dropout": 0.1}
+    for part in ("tokenizer", "model"):
+        values[part]["training"] = settings | {"steps": 200}
+    pipe = train(load_recipe(write_recipe(tmp_path, values)))
+    for s, temperature in ((1.0, 0.0), (3.0, 1.0)):
+        out = pipe.sample(
+            list(colours), seeds=[0, 1, 2, 3], guidance=Guidance(s), temperature=temperature
+        )
+        target = torch.tensor(list(colours.values())).float() / 127.5 - 1
+        distance = (out.mean((2, 3))[:, None] - target).norm(dim=-1)
+        assert distance.argmin(1).tolist() == [0, 1, 2, 3]
