@@ -109,6 +109,7 @@ def prefix_keys_values(blocks: nn.ModuleList, x: Tensor) -> list[KeyValue]:
     """
     result = []
     for i, block in enumerate(blocks):
+        assert isinstance(block, Block)
         if i + 1 == len(blocks):
             _, k, v = block.project(x)
         else:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
-_LAYOUT_ROWS = 16  # the layout is chosen for this many rows and is as good for fewer (measured 1 to 64)
+_LAYOUT_ROWS = (
+    16  # the layout is chosen for this many rows and is as good for fewer (measured 1 to 64)
+)
 
 
 class PackedLinear(nn.Module):

@@ -72,6 +72,13 @@ class TextToImage:
         self.model = model.eval()
 
     @property
+    def network(self) -> TokenTransformer:
+        """The bare model, without its dropout wrapper."""
+        network = self.model.model
+        assert isinstance(network, TokenTransformer)
+        return network
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.tokenizer.latent_mean.device
@@ -110,8 +117,8 @@ class TextToImage:
             top_p=top_p,
             callback=callback,
         )
-        side = self.model.model.config.grid  # type: ignore[union-attr]
-        return self.tokenizer.decode(ids.view(-1, side, side))  # type: ignore[arg-type]
+        side = self.network.config.grid
+        return self.tokenizer.decode(ids.view(-1, side, side))
 
     def __call__(
         self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any
@@ -179,9 +186,7 @@ class TextToImage:
         description = json.loads((folder / "pipeline.json").read_text())
         check_format_version(description.get("format_version", 0))
         if family not in description["families"] or family not in MODEL_CLASSES:
-            raise ValueError(
-                f"{name} holds the families {description['families']}, not {family!r}"
-            )
+            raise ValueError(f"{name} holds the families {description['families']}, not {family!r}")
         network = MODEL_CLASSES[family].from_pretrained(folder / family)
         null = load_file(folder / family / NULL_FILE)["null_condition"]
         return cls(
@@ -228,7 +233,7 @@ def _save_part(module: nn.Module, folder: Path, dtype: torch.dtype | None) -> No
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         beside.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in state.items()}, beside / "model.safetensors")
-        config = module.config.__dict__  # type: ignore[union-attr]
+        config = module.config.__dict__
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)

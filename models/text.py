@@ -33,11 +33,13 @@ class TextTokenizer:
     def __init__(self, bpe: Tokenizer, length: int = 32) -> None:
         if length < 1:
             raise ValueError(f"length is {length}, expected at least 1")
-        missing = [token for token in SPECIAL if bpe.token_to_id(token) is None]
+        known = bpe.get_vocab()
+        missing = [token for token in SPECIAL if token not in known]
         if missing:
             raise ValueError(f"the BPE vocabulary lacks the special tokens {missing}")
         self.bpe = bpe
         self.length = length
+        self._pad, self._null, self._end = (known[token] for token in SPECIAL)
 
     @classmethod
     def train(
@@ -73,7 +75,7 @@ class TextTokenizer:
     @property
     def null_condition(self) -> Tensor:
         """The null condition, ids (T,)."""
-        return torch.full((self.length,), self.bpe.token_to_id(NULL))
+        return torch.full((self.length,), self._null)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions -> ids (B, T), int64. A caption that is too long is cut, and a warning says so.
@@ -83,8 +85,7 @@ class TextTokenizer:
         """
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError(f"captions is {captions!r}, expected a list of strings")
-        pad, end = self.bpe.token_to_id(PAD), self.bpe.token_to_id(END)
-        ids = torch.full((len(captions), self.length), pad)
+        ids = torch.full((len(captions), self.length), self._pad)
         # special tokens typed by a user are text, not commands
         self.bpe.encode_special_tokens = True
         for row, encoding in enumerate(self.bpe.encode_batch(list(captions))):
@@ -97,7 +98,7 @@ class TextTokenizer:
                     self.length,
                     self.bpe.decode(tokens[self.length :]),
                 )
-            tokens = [*tokens, end][: self.length]
+            tokens = [*tokens, self._end][: self.length]
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids
 
@@ -107,9 +108,8 @@ class TextTokenizer:
 
     def save(self, file: Path | str) -> None:
         """Write everything into one JSON file; the length is kept as the padding rule."""
-        pad = self.bpe.token_to_id(PAD)
         copy = Tokenizer.from_str(self.bpe.to_str())
-        copy.enable_padding(length=self.length, pad_id=pad, pad_token=PAD)
+        copy.enable_padding(length=self.length, pad_id=self._pad, pad_token=PAD)
         copy.save(str(file))
 
     @classmethod

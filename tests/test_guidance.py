@@ -35,7 +35,9 @@ def test_power_cosine_equals_the_published_formula_of_rar():
 
 def test_interval_includes_both_ends():
     schedule = interval(4.0, 0.25, 0.75)
-    values = [schedule(p) for p in (0.0, math.nextafter(0.25, 0), 0.25, 0.75, math.nextafter(0.75, 1))]
+    values = [
+        schedule(p) for p in (0.0, math.nextafter(0.25, 0), 0.25, 0.75, math.nextafter(0.75, 1))
+    ]
     assert values == [1.0, 1.0, 4.0, 4.0, 1.0]
     assert interval(4.0, 0.0, 0.5, outside=0.0)(0.6) == 0.0
 
@@ -116,7 +118,7 @@ def test_combine_without_guidance_returns_the_branch_itself():
     cond = torch.randn(2, 5)
     assert Guidance(1.0).combine(0.0, cond, None) is cond
     assert Guidance(0.0).combine(0.0, None, cond) is cond
-    with pytest.raises(ValueError, match="needs .*'uncond'.* got .*'cond'"):
+    with pytest.raises(ValueError, match=r"needs .*'uncond'.* got .*'cond'"):
         Guidance(2.0).combine(0.0, cond, None)
 
 
@@ -127,13 +129,13 @@ def test_bad_settings_are_refused_by_name():
         Guidance(None)
     with pytest.raises(ValueError, match=r"shape \(\) or \(B,\)"):
         Guidance(torch.ones(2, 2))
-    with pytest.raises(TypeError, match="mitigation is 0.7"):
+    with pytest.raises(TypeError, match=r"mitigation is 0\.7"):
         Guidance(2.0, mitigations=(0.7,))
     with pytest.raises(ValueError, match=r"progress is 1\.5"):
         Guidance(2.0).scale_at(1.5)
     with pytest.raises(ValueError, match=r"schedule at progress 0\.5 is nan"):
         Guidance(lambda p: math.nan).scale_at(0.5)
-    with pytest.raises(TypeError, match="schedule at progress 0.5 is 'x'"):
+    with pytest.raises(TypeError, match=r"schedule at progress 0\.5 is 'x'"):
         Guidance(lambda p: "x").scale_at(0.5)
     with pytest.raises(ValueError, match="start <= end"):
         interval(2.0, 0.8, 0.2)

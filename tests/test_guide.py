@@ -17,7 +17,9 @@ scales = st.floats(-20, 100, allow_nan=False)
 seeds = st.integers(0, 2**20)
 
 
-def outputs(seed: int, shape: tuple[int, ...] = (3, 7), dtype=torch.float32) -> tuple[Tensor, Tensor]:
+def outputs(
+    seed: int, shape: tuple[int, ...] = (3, 7), dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     cond, uncond = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     return cond, uncond
@@ -82,7 +84,9 @@ def test_documented_shapes_of_the_scale_all_work():
         torch.testing.assert_close(guide(cond, uncond, s), expected)
     for shape in ((3, 1, 1), (1, 5, 1), (3, 5, 7)):
         torch.testing.assert_close(guide(cond, uncond, torch.full(shape, 2.0)), expected)
-    torch.testing.assert_close(guide(cond, uncond, torch.full((3,), 2.0, dtype=torch.float16)), expected)
+    torch.testing.assert_close(
+        guide(cond, uncond, torch.full((3,), 2.0, dtype=torch.float16)), expected
+    )
 
 
 def test_one_unconditional_row_serves_a_batch():
@@ -186,7 +190,9 @@ def test_conversions_from_other_conventions():
     assert scale_from_beta(0.25) == 4.0
     assert scale_from_w(torch.tensor([1.0, 2.0])).tolist() == [2.0, 3.0]
     cond, uncond = outputs(0, dtype=torch.float64)
-    torch.testing.assert_close(guide(cond, uncond, scale_from_w(2.0)), (1 + 2.0) * cond - 2.0 * uncond)
+    torch.testing.assert_close(
+        guide(cond, uncond, scale_from_w(2.0)), (1 + 2.0) * cond - 2.0 * uncond
+    )
     with pytest.raises(ValueError, match="beta is 0"):
         scale_from_beta(0)
 

@@ -109,7 +109,9 @@ def test_batched_pass_equals_two_passes(s):
 def test_the_halves_are_not_swapped():
     model = wrapped_transformer()
     seen = []
-    ids = sample_autoregressive(model, COND, guidance=Guidance(3.0), seeds=range(4), callback=seen.append)
+    ids = sample_autoregressive(
+        model, COND, guidance=Guidance(3.0), seeds=range(4), callback=seen.append
+    )
     cond_out = model.model(ids, COND)
     torch.testing.assert_close(seen[0].cond_out, cond_out[:, 0], atol=1e-4, rtol=1e-4)
     assert (seen[0].uncond_out - cond_out[:, 0]).abs().max() > 0.1
@@ -119,11 +121,11 @@ def test_the_same_seed_gives_the_same_image_in_any_batch():
     model = wrapped_transformer()
     together = sample_autoregressive(model, COND, guidance=Guidance(2.5), seeds=[5, 6, 7, 8])
     for i in range(4):
-        alone = sample_autoregressive(
-            model, COND[i : i + 1], guidance=Guidance(2.5), seeds=[5 + i]
-        )
+        alone = sample_autoregressive(model, COND[i : i + 1], guidance=Guidance(2.5), seeds=[5 + i])
         assert torch.equal(alone[0], together[i])
-    reordered = sample_autoregressive(model, COND.flip(0), guidance=Guidance(2.5), seeds=[8, 7, 6, 5])
+    reordered = sample_autoregressive(
+        model, COND.flip(0), guidance=Guidance(2.5), seeds=[8, 7, 6, 5]
+    )
     assert torch.equal(reordered.flip(0), together)
 
 
@@ -143,7 +145,9 @@ def test_scale_one_equals_the_unguided_sampler_and_zero_the_null_condition():
     null = model.null_condition.expand_as(COND)
     seeds = [0, 1, 2, 3]
     plain = sample_autoregressive(model.model, COND, seeds=seeds)
-    assert torch.equal(sample_autoregressive(model, COND, guidance=Guidance(1.0), seeds=seeds), plain)
+    assert torch.equal(
+        sample_autoregressive(model, COND, guidance=Guidance(1.0), seeds=seeds), plain
+    )
     unconditional = sample_autoregressive(model.model, null, seeds=seeds)
     zero = sample_autoregressive(model, COND, guidance=Guidance(0.0), seeds=seeds)
     assert torch.equal(zero, unconditional)
@@ -196,7 +200,9 @@ def test_one_scale_a_sample():
 def test_a_negative_condition_a_sample():
     model = wrapped_transformer()
     negative = COND.flip(0)
-    ids = sample_autoregressive(model, COND, uncond=negative, guidance=Guidance(2.0), seeds=range(4))
+    ids = sample_autoregressive(
+        model, COND, uncond=negative, guidance=Guidance(2.0), seeds=range(4)
+    )
     seen = []
     sample_autoregressive(
         model, COND, uncond=negative, guidance=Guidance(2.0), seeds=range(4), callback=seen.append
@@ -235,7 +241,11 @@ def test_the_null_that_was_trained_is_the_null_that_is_sampled():
 def test_the_callback_sees_every_step():
     seen = []
     ids = sample_autoregressive(
-        wrapped_transformer(), COND, guidance=Guidance(linear(1, 4)), seeds=range(4), callback=seen.append
+        wrapped_transformer(),
+        COND,
+        guidance=Guidance(linear(1, 4)),
+        seeds=range(4),
+        callback=seen.append,
     )
     assert [step.index for step in seen] == list(range(16))
     assert seen[0].progress == 0.0 and seen[-1].progress == 1.0
@@ -287,7 +297,11 @@ def test_filters_act_on_guided_logits():
 def test_extreme_scales_and_temperatures_stay_finite(temperature):
     for s in (-50.0, 0.0, 15.0, 1000.0):
         ids = sample_autoregressive(
-            wrapped_transformer(), COND, guidance=Guidance(s), seeds=range(4), temperature=temperature
+            wrapped_transformer(),
+            COND,
+            guidance=Guidance(s),
+            seeds=range(4),
+            temperature=temperature,
         )
         assert ids.min() >= 0 and ids.max() < 24
 

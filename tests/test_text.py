@@ -17,7 +17,7 @@ TEXT = TextTokenizer.train(CAPTIONS, vocabulary=300, length=40)
 def test_any_prompt_can_be_encoded(text):
     ids = TEXT.encode([text])
     assert ids.shape == (1, 40) and ids.dtype == torch.int64
-    assert 0 <= ids.min() and ids.max() < TEXT.vocabulary
+    assert ids.min() >= 0 and ids.max() < TEXT.vocabulary
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
@@ -26,7 +26,7 @@ def test_captions_round_trip(caption):
 
 
 def test_case_and_unicode_forms_do_not_matter():
-    a = TEXT.encode(["A Red CIRCLE", "a red ｃircle"])
+    a = TEXT.encode(["A Red CIRCLE", "a red \uff43ircle"])
     assert torch.equal(a[0], a[1]) and torch.equal(a[0], TEXT.encode(["a red circle"])[0])
 
 

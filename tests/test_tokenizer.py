@@ -130,7 +130,9 @@ def test_the_adversarial_loss_has_both_sides():
     tokenizer, adversarial = make().train(), AdversarialLoss(0.1)
     x = images()
     output, _ = tokenizer(x)
-    loss = adversarial.generator(output, reconstruction_loss(output, x), tokenizer.decoder.head[2].weight)
+    loss = adversarial.generator(
+        output, reconstruction_loss(output, x), tokenizer.decoder.last_layer
+    )
     loss.backward(retain_graph=True)
     assert tokenizer.decoder.stem.weight.grad is not None
     tokenizer.zero_grad()

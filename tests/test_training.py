@@ -29,7 +29,13 @@ TINY = {
     "text": {"vocabulary": 280, "length": 12},
     "model": {"width": 32, "depth": 2, "heads": 4, "dropout": 0.1, "condition_dropout": 0.3},
 }
-SCHEDULE = {"batch_size": 8, "log_every": 1, "sample_every": 100, "checkpoint_every": 2, "warmup": 2}
+SCHEDULE = {
+    "batch_size": 8,
+    "log_every": 1,
+    "sample_every": 100,
+    "checkpoint_every": 2,
+    "warmup": 2,
+}
 
 
 def tiny_recipe(out, steps=4, **changes):
@@ -98,7 +104,7 @@ def test_files_that_are_no_recipe(tmp_path):
 
 
 def test_a_recipe_without_a_folder_is_refused():
-    with pytest.raises(ValueError, match="data.path is empty"):
+    with pytest.raises(ValueError, match=r"data\.path is empty"):
         load_data(Recipe(out="x").data)
 
 
@@ -145,7 +151,12 @@ def line_data(n=64):
 
 def test_fit_finds_a_line_and_returns_the_average(tmp_path):
     settings = Optimization(
-        steps=400, batch_size=16, learning_rate=0.05, weight_decay=0.0, ema=0.9, checkpoint_every=100
+        steps=400,
+        batch_size=16,
+        learning_rate=0.05,
+        weight_decay=0.0,
+        ema=0.9,
+        checkpoint_every=100,
     )
     trained = fit(Line(), line_data(), line_loss, settings, tmp_path, tracker=False)
     assert not trained.training
@@ -271,7 +282,12 @@ def test_an_image_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):
 
 def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch):
     """End to end: four flat colours by name; guidance makes the named colour more certain."""
-    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    colours = {
+        "red": (255, 0, 0),
+        "green": (0, 255, 0),
+        "blue": (0, 0, 255),
+        "white": (255, 255, 255),
+    }
     names = list(colours) * 10
     images = torch.tensor([colours[n] for n in names], dtype=torch.uint8)[:, :, None, None]
     data = ImageSet(images.expand(-1, 3, 8, 8).contiguous(), names, [{} for _ in names])

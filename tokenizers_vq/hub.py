@@ -70,7 +70,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Build from the configuration, then load a local file, or one from the hub."""
         if not Path(model_id).is_dir():
             return super()._from_pretrained(model_id=model_id, **options)
-        reserved = ("revision", "cache_dir", "force_download", "local_files_only", "token", "strict")
+        reserved = (
+            "revision",
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "token",
+            "strict",
+        )
         arguments = {k: v for k, v in options.items() if k not in reserved}
         device = arguments.pop("map_location", "cpu")
         model = cls(**arguments)

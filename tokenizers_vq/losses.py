@@ -28,7 +28,10 @@ def structural_dissimilarity(output: Tensor, target: Tensor, window: int = 7) ->
 
     Wang et al., "Image quality assessment" (2004), equation 13; constants for a range of 2.
     """
-    output, target = output + 1, target + 1  # the index is made for intensities that are not negative
+    output, target = (
+        output + 1,
+        target + 1,
+    )  # the index is made for intensities that are not negative
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     mean_x, mean_y = F.avg_pool2d(output, window, 1), F.avg_pool2d(target, window, 1)
     var_x = F.avg_pool2d(output.square(), window, 1) - mean_x.square()

@@ -80,6 +80,13 @@ class Decoder(nn.Module):
             nn.PixelShuffle(fold),
         )
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution, where the losses of a GAN are balanced."""
+        layer = self.head[2]
+        assert isinstance(layer, nn.Conv2d)
+        return layer.weight
+
     def forward(self, codes: Tensor) -> Tensor:
         """Decode."""
         images: Tensor = self.head(self.fine(self.up(self.coarse(self.stem(codes)))))

@@ -108,7 +108,7 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
                 f"ids have shape {tuple(ids.shape)} and dtype {ids.dtype}, "
                 "expected integers (B, h, w)"
             )
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.codebook_size):
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.codebook_size):
             raise ValueError(
                 f"ids lie in [{int(ids.min())}, {int(ids.max())}], "
                 f"expected [0, {self.codebook_size - 1}]"

@@ -70,11 +70,12 @@ def generate(
     """Draw images of a prompt, or a grid of several prompts or scales, into one picture."""
     texts = _prompts(prompt, prompts)
     values = scales or [scale]
-    guidances = [Guidance(value) for value in values]  # bad scales are refused before weights are read
+    guidances = [
+        Guidance(value) for value in values
+    ]  # bad scales are refused before weights are read
     pipe = TextToImage.from_pretrained(weights, family)
     jobs = [(text, seed + i) for text in texts for i in range(n)]
-    steps = pipe.model.model.num_tokens  # type: ignore[union-attr]
-    total = len(guidances) * -(-len(jobs) // BATCH) * int(steps)  # type: ignore[arg-type]
+    total = len(guidances) * -(-len(jobs) // BATCH) * pipe.network.num_tokens
     columns: list[list[Image.Image]] = []
     with tqdm(total=total, desc="drawing", unit="token") as bar:
         for guidance in guidances:
@@ -178,5 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; unicfg train --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; unicfg train --resume goes on from the last checkpoint", file=sys.stderr
+        )
         sys.exit(130)

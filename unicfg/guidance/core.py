@@ -59,7 +59,11 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     cond, uncond = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
     # a scale beyond the range of the arithmetic saturates like its result
     most = torch.finfo(precise).max
-    s = s.double().clamp(-most, most).to(precise) if isinstance(s, Tensor) else max(-most, min(s, most))
+    s = (
+        s.double().clamp(-most, most).to(precise)
+        if isinstance(s, Tensor)
+        else max(-most, min(s, most))
+    )
 
     # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it
     cond_masked, uncond_masked = cond.isneginf(), uncond.isneginf()
@@ -237,7 +241,9 @@ class Guidance:
 def _check_schedule_value(s: object, where: str) -> Scale:
     if isinstance(s, Tensor):
         if s.ndim > 1 or not bool(torch.isfinite(s).all()):
-            raise ValueError(f"{where} is {s.tolist()}, expected finite numbers of shape () or (B,)")
+            raise ValueError(
+                f"{where} is {s.tolist()}, expected finite numbers of shape () or (B,)"
+            )
         return s
     if isinstance(s, bool) or not isinstance(s, (int, float)):
         raise TypeError(f"{where} is {s!r}, expected a number, a tensor or a schedule")

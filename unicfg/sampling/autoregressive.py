@@ -154,9 +154,7 @@ def _network_and_null(
 class _Branches:
     """The rows of a guided pass, [cond; uncond] in that order: the one place that knows it."""
 
-    def __init__(
-        self, network: Any, cond: Tensor, uncond: Tensor | None, needed: set[str]
-    ) -> None:
+    def __init__(self, network: Any, cond: Tensor, uncond: Tensor | None, needed: set[str]) -> None:
         batch = len(cond)
         conditions = {"cond": cond}
         if "uncond" in needed:
@@ -176,9 +174,7 @@ class _Branches:
             network.prefill(conditions[name], cache)
             self.caches[name] = cache
 
-    def __call__(
-        self, ids: Tensor, needed: tuple[str, ...]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, ids: Tensor, needed: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Logits of the next token in each needed branch, None in the others."""
         lengths = {self.caches[name].length for name in needed}
         if len(needed) == 2 and len(lengths) == 1:

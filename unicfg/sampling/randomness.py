@@ -17,7 +17,9 @@ def check_seeds(seeds: Sequence[int], batch: int) -> list[int]:
     """
     seeds = list(seeds)
     if len(seeds) != batch:
-        raise ValueError(f"seeds has {len(seeds)} entries for a batch of {batch}, expected one each")
+        raise ValueError(
+            f"seeds has {len(seeds)} entries for a batch of {batch}, expected one each"
+        )
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}, expected an int")

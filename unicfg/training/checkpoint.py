@@ -122,7 +122,7 @@ class Checkpoints:
             try:
                 with safe_open(file, framework="pt") as handle:
                     metadata = handle.metadata()
-                    tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+                    tensors = {key: handle.get_tensor(key) for key in list(handle.keys())}
                 return int(metadata["step"]), tensors, json.loads(metadata["settings"])
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 print(f"{file} is no whole checkpoint ({error}); trying the one before")

@@ -19,9 +19,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-
-
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NAMED = 5  # files that a warning or an error names before it only counts
 

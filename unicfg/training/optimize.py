@@ -148,7 +148,10 @@ def fit(
 
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     bar = tqdm(
-        total=settings.steps, initial=start, desc=folder.name, disable=not accelerator.is_main_process
+        total=settings.steps,
+        initial=start,
+        desc=folder.name,
+        disable=not accelerator.is_main_process,
     )
     began, seen = time.perf_counter(), 0
     for step, batch in enumerate(loader, start):

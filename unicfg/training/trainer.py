@@ -166,7 +166,7 @@ class _TokenizerLoss(nn.Module):
         output, quantized = self.tokenizer(images)
         loss = reconstruction_loss(output, images) + quantized.loss
         if self.adversarial is not None and step >= self.adversarial_from:
-            last_layer = self.tokenizer.decoder.head[2].weight
+            last_layer = self.tokenizer.decoder.last_layer
             # the critic must not learn from the decoder's loss, nor the decoder from the critic's
             self.adversarial.requires_grad_(False)
             loss = loss + self.adversarial.generator(output, loss, last_layer)
@@ -204,7 +204,9 @@ def _text_tokenizer(recipe: Recipe, train_set: ImageSet, out: Path) -> TextToken
     return text
 
 
-def _codes(tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, file: Path) -> TensorDataset:
+def _codes(
+    tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, file: Path
+) -> TensorDataset:
     """Image tokens and text tokens of a data set, made once and kept with a mark of what made them."""
     mark = _mark(tokenizer, text, images)
     if file.exists():
@@ -269,7 +271,9 @@ def _train_model(
         assert isinstance(average, ConditionDropout)
         values = _validation_losses(average, val_codes)
         pipe = TextToImage(text, average, tokenizer.to(_device(average)))
-        save_picture(_samples(pipe, prompts), out / "pictures" / f"{settings.family}-{step:06d}.png")
+        save_picture(
+            _samples(pipe, prompts), out / "pictures" / f"{settings.family}-{step:06d}.png"
+        )
         return values
 
     trained = fit(

@@ -1,0 +1,213 @@
+"""The pipeline, the pictures and the command line, on a tiny random model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CAPTIONS, pipeline, transformer
+
+from models import TextToImage
+from tokenizers_vq import VQTokenizer, VQTokenizerConfig
+from unicfg import ConditionDropout, Guidance
+from unicfg.cli import expand_lists, main
+from unicfg.pictures import grid, save_picture, to_images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pipeline().save_pretrained(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+def opened(file):
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def same(a, b):
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+def test_prompts_to_images():
+    pipe = pipeline()
+    images = pipe(CAPTIONS, guidance=Guidance(3.0), seeds=[0, 1, 2, 3])
+    assert [image.size for image in images] == [(16, 16)] * 4
+    assert all(image.mode == "RGB" for image in images)
+    alone = pipe(CAPTIONS[2:3], guidance=Guidance(3.0), seeds=[2])
+    assert same(alone, images[2:3])
+    raw = pipe.sample(CAPTIONS, guidance=Guidance(3.0), seeds=[0, 1, 2, 3])
+    assert raw.shape == (4, 3, 16, 16) and same(to_images(raw), images)
+
+
+def test_guidance_changes_the_image():
+    pipe = pipeline()
+    one = pipe(CAPTIONS, guidance=Guidance(1.0), seeds=[0] * 4)
+    five = pipe(CAPTIONS, guidance=Guidance(5.0), seeds=[0] * 4)
+    assert not same(one, five)
+    assert same(one, pipe(CAPTIONS, seeds=[0] * 4))  # no guidance is s = 1
+
+
+def test_saving_and_loading_draws_the_same(folder):
+    draw = {"guidance": Guidance(2.0), "seeds": [0, 1, 2, 3]}
+    loaded = TextToImage.from_pretrained(folder)
+    assert same(loaded(CAPTIONS, **draw), pipeline()(CAPTIONS, **draw))
+    assert torch.equal(loaded.model.null_condition, loaded.text.null_condition)
+
+
+def test_half_precision_weights_are_half_the_size_and_load(folder, tmp_path):
+    half = pipeline().save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = [(f / "ar/model.safetensors").stat().st_size for f in (half, folder)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert len(TextToImage.from_pretrained(half)(["a red circle"], seeds=[0])) == 1
+
+
+def test_a_trained_null_embedding_is_saved_with_the_pipeline(tmp_path):
+    """What was trained as null is what is sampled, also after loading."""
+    pipe = pipeline()
+    other = torch.full_like(pipe.text.null_condition, 5)
+    pipe.model = ConditionDropout(pipe.model.model, other).eval()
+    pipe.save_pretrained(tmp_path / "p")
+    assert torch.equal(TextToImage.from_pretrained(tmp_path / "p").model.null_condition, other)
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    pipe = pipeline()
+    wrong = ConditionDropout(transformer(condition_length=12), pipe.text.null_condition)
+    with pytest.raises(ValueError, match="24 tokens and the tokenizer 25"):
+        TextToImage(pipe.text, wrong, pipe.tokenizer)
+    wrong = ConditionDropout(transformer(codebook_size=25), pipe.text.null_condition)
+    with pytest.raises(ValueError, match="takes 3 text tokens and the text tokenizer gives 12"):
+        TextToImage(pipe.text, wrong, pipe.tokenizer)
+    with pytest.raises(ValueError, match=r"family is 'gan', expected one of \['ar'\]"):
+        TextToImage(pipe.text, pipe.model, pipe.tokenizer, "gan")
+    tokenizer = VQTokenizer(VQTokenizerConfig(16, 4, width=16))
+    with pytest.raises(
+        ValueError, match="a VQTokenizer, the family 'ar' expects a TokenTransformer"
+    ):
+        TextToImage(pipe.text, ConditionDropout(tokenizer, pipe.text.null_condition), tokenizer)
+
+
+def test_names_that_are_nowhere_and_folders_that_are_wrong(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no pipeline at 'nothing': expected one of \["):
+        TextToImage.from_pretrained("nothing")
+    with pytest.raises(FileNotFoundError, match="no pipeline at"):
+        TextToImage.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the families \['ar'\], not 'flow'"):
+        TextToImage.from_pretrained(folder, family="flow")
+    pipeline().save_pretrained(tmp_path / "new")
+    description = tmp_path / "new/pipeline.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"format_version": 7}))
+    with pytest.raises(ValueError, match="format_version is 7"):
+        TextToImage.from_pretrained(tmp_path / "new")
+
+
+def test_bad_prompts_are_refused():
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="prompts is 'a cat'"):
+        pipe("a cat", seeds=[0])
+    with pytest.raises(ValueError, match=r"prompts is \[\]"):
+        pipe([], seeds=[])
+    with pytest.raises(ValueError, match="seeds has 1 entries for a batch of 2"):
+        pipe(["a", "b"], seeds=[0])
+
+
+# pictures
+
+
+def test_a_grid_places_its_images():
+    red, blue = (Image.new("RGB", (8, 8), c) for c in ("red", "blue"))
+    plain = grid([[red, blue], [blue]], cell=16)
+    assert plain.size == (2 * 20 + 4, 2 * 20 + 4)
+    assert plain.getpixel((12, 12)) == (255, 0, 0) and plain.getpixel((32, 12)) == (0, 0, 255)
+    assert plain.getpixel((12, 32)) == (0, 0, 255) and plain.getpixel((32, 32)) == (255, 255, 255)
+    labelled = grid([[red]], row_labels=["a prompt"], column_labels=["s = 1"], cell=16)
+    assert labelled.width > 120 and labelled.getpixel((132, 30)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="row_labels has 1 entries, expected 2"):
+        grid([[red], [blue]], row_labels=["x"])
+    with pytest.raises(ValueError, match="rows is empty"):
+        grid([])
+
+
+def test_a_picture_needs_a_suffix_that_is_one(tmp_path):
+    with pytest.raises(ValueError, match=r"suffix '\.gnp'"):
+        save_picture(Image.new("RGB", (2, 2)), tmp_path / "x.gnp")
+
+
+# the command line
+
+
+def run(*arguments):
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_generate_writes_a_grid_of_scales(folder, tmp_path, capsys):
+    out = tmp_path / "sub/grid.png"
+    code = run(
+        "generate", "a red circle", "--weights", folder, "--scales", 0, 1, 4, "-n", 2, "--out", out
+    )
+    assert code == 0
+    assert f"the picture is in {out}" in capsys.readouterr().out
+    picture = opened(out)
+    assert picture.size[0] > 2 * 128 and picture.size[1] > 3 * 128
+    seeds = {"seeds": [0, 1], "guidance": Guidance(4.0)}
+    pipe = TextToImage.from_pretrained(folder)
+    (big, _) = [i.resize((128, 128), 0) for i in pipe(["a red circle"] * 2, **seeds)]
+    x, y = 124, 26 + 2 * 132  # the third row begins below the column labels and two rows
+    assert np.array_equal(np.asarray(picture.crop((x, y, x + 128, y + 128))), np.asarray(big))
+
+
+def test_generate_from_a_file_of_prompts(folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\ntwo green stars\n")
+    for extra in ((), ("--scales", "1", "3")):
+        out = tmp_path / "out.png"
+        assert (
+            run(
+                "generate", "--prompts", prompts, "--weights", folder, "-n", 1, *extra, "--out", out
+            )
+            == 0
+        )
+        assert opened(out).size[1] > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected either a PROMPT or --prompts FILE"),
+        (("x", "--prompts", "file.txt"), "expected either a PROMPT or --prompts FILE"),
+        (("--prompts", "none.txt"), "no prompts at none.txt"),
+        (("x", "--scale", "nan"), "scale is nan, expected a finite number"),
+        (("x", "--top-k", "0"), "top_k is 0"),
+        (("x", "--top-p", "2"), "top_p is 2"),
+        (("x", "--temperature", "-1"), "temperature is -1"),
+        (("x", "--family", "flow"), "holds the families"),
+        (("x", "--out", "picture.xyz"), "suffix '.xyz'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(folder, capsys, arguments, message):
+    assert run("generate", *arguments, "--weights", folder) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_lists_of_numbers_on_the_command_line():
+    assert expand_lists(["x", "--scales", "0", "-1", "2.5", "-n", "4"]) == [
+        "x", "--scales", "0", "--scales", "-1", "--scales", "2.5", "-n", "4",
+    ]  # fmt: skip
+    assert expand_lists(["--scales", "1", "a cat"]) == ["--scales", "1", "a cat"]
+    assert expand_lists(["--scales"]) == ["--scales"]
+    assert expand_lists(["--scales", "-n", "2"]) == ["--scales", "-n", "2"]
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "unicfg", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "generate" in done.stdout and "train" in done.stdout
