@@ -1,7 +1,6 @@
 # Two commands are the whole set-up: `make demo` draws pictures, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
-export PYTHONWARNINGS ?= default
 
 .PHONY: demo test test-slow bench clean
 
@@ -17,7 +16,7 @@ export PYTHONWARNINGS ?= default
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/unicfg demo
+	$(BIN)/unicfg generate --prompts examples/prompts.txt --scales 0 1 2 4 8 -n 1 --seed 0 --out out/demo.png
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -112,7 +112,12 @@ def table(seconds: dict[str, list[float]], batch: int) -> list[str]:
             f"| {batch * TOKENS / medians[name]:.0f} | {medians[name] / medians[base]:.2f} |"
         )
     ratio = medians["transformers generate(guidance_scale=3)"] / medians["unicfg, guided"]
-    return [*lines, "", f"Guided tokens a second, unicfg against transformers: **{ratio:.1f}x**", ""]
+    return [
+        *lines,
+        "",
+        f"Guided tokens a second, unicfg against transformers: **{ratio:.1f}x**",
+        "",
+    ]
 
 
 def machine() -> str:
@@ -120,7 +125,9 @@ def machine() -> str:
     name = platform.machine()
     if Path("/proc/cpuinfo").exists():
         fields = dict(
-            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
         )
         name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -152,7 +159,12 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "autoregressive.md").write_text(text)
-        record = {"machine": machine(), "versions": versions, "command": command, "seconds": results}
+        record = {
+            "machine": machine(),
+            "versions": versions,
+            "command": command,
+            "seconds": results,
+        }
         (options.out / "autoregressive.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

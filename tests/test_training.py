@@ -4,9 +4,10 @@ import dataclasses
 import json
 import os
 import resource
-import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from unicfg import Guidance
 from unicfg.training.checkpoint import Checkpoints, write_atomically
 from unicfg.training.data import ImageSet
 from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
-from unicfg.training.recipe import Optimization, Recipe, load_recipe
-from unicfg.training.trainer import load_data, train
+from unicfg.training.recipe import ModelRecipe, Optimization, Recipe, load_recipe
+from unicfg.training.trainer import load_data, shifted, train
 
 TINY = {
     "data": {"source": "shapes", "image_size": 16, "count": 40, "validation": 0.2},
@@ -29,6 +30,7 @@ TINY = {
     "text": {"vocabulary": 280, "length": 12},
     "model": {"width": 32, "depth": 2, "heads": 4, "dropout": 0.1, "condition_dropout": 0.3},
 }
+TINY["model"] |= {"crops": 2, "shift": 1}
 SCHEDULE = {
     "batch_size": 8,
     "log_every": 1,
@@ -228,25 +230,59 @@ def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # the limit was the child's own
 
 
+# encodings
+
+
+def test_shifted_images_are_the_image_moved():
+    image = torch.arange(36.0).view(1, 1, 6, 6).expand(40, 3, 6, 6)
+    moved = shifted(image, 1, torch.Generator().manual_seed(0))
+    assert moved.shape == image.shape
+    inner = {tuple(m[0, 2, 2:4].tolist()) for m in moved}
+    assert inner == {(v, v + 1) for v in (7.0, 8.0, 9.0, 13.0, 14.0, 15.0, 19.0, 20.0, 21.0)}
+    assert all(set(m.flatten().tolist()) <= set(range(36)) for m in moved)  # nothing is made up
+    assert shifted(image, 0, torch.Generator()) is image
+
+
+def test_crops_and_shift_go_together():
+    with pytest.raises(ValueError, match="crops is 4 and shift 0"):
+        ModelRecipe(crops=4)
+    with pytest.raises(ValueError, match="crops is 1 and shift 2"):
+        ModelRecipe(shift=2)
+    with pytest.raises(ValueError, match="crops is 0"):
+        ModelRecipe(crops=0)
+
+
 # whole trainings
 
 
-def test_resumed_equals_uninterrupted_in_a_new_process(tmp_path):
-    """Weights, average, optimizer, data order and dropout draws: bit-equal after a stop half-way."""
-    whole = write_recipe(tmp_path, tiny_recipe(tmp_path / "whole", steps=6))
+def kill_when(command, file):
+    """Start a command and SIGKILL it as soon as ``file`` is there."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        began = time.monotonic()
+        while not file.exists():
+            assert process.poll() is None and time.monotonic() - began < 120
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """Weights, average, optimizer, data order, dropout draws, log: bit-equal after two kills."""
+    whole = write_recipe(tmp_path, tiny_recipe(tmp_path / "whole", steps=12))
     assert run(whole).returncode == 0
-    out = tmp_path / "halves"
-    halves = write_recipe(tmp_path, tiny_recipe(out, steps=6))
-    assert run(halves).returncode == 0
-    # as if killed after step 4 of the model: what came later is gone
-    (out / "logs/ar/checkpoints/step-00000006.safetensors").unlink()
-    shutil.rmtree(out / "ar")
-    again = run(halves, "--resume")
+    out = tmp_path / "killed"
+    recipe = write_recipe(tmp_path, tiny_recipe(out, steps=12))
+    command = [sys.executable, "-m", "unicfg", "train", str(recipe), "--resume"]
+    for stage in ("tokenizer", "ar"):
+        kill_when(command, out / f"logs/{stage}/checkpoints/step-00000004.safetensors")
+        assert not (out / stage / "config.json").exists()  # the stage was not finished
+    again = run(recipe, "--resume")
     assert again.returncode == 0, again.stderr
-    for name in ("ar/model.safetensors", "logs/ar/checkpoints/step-00000006.safetensors"):
-        a, b = load_file(tmp_path / "whole" / name), load_file(out / name)
+    files = ["tokenizer/model", "ar/model"]
+    files += [f"logs/{stage}/checkpoints/step-00000012" for stage in ("tokenizer", "ar")]
+    for name in files:
+        a, b = (load_file(f / f"{name}.safetensors") for f in (tmp_path / "whole", out))
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert [k for k in a if not torch.equal(a[k], b[k])] == []
     losses = [
         [json.loads(x).get("loss") for x in (f / "logs/ar/metrics.jsonl").read_text().splitlines()]
         for f in (tmp_path / "whole", out)
@@ -266,6 +302,9 @@ def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
     report = next(line for line in lines if "psnr" in line)
     assert {"codebook_usage", "codebook_perplexity"} <= report.keys()
     assert TextToImage.from_pretrained(out)(["a red circle"], seeds=[0])[0].size == (16, 16)
+    codes = {name: load_file(out / f"codes/{name}.safetensors") for name in ("train", "validation")}
+    images = sum(len(c["ids"]) for c in codes.values()) - len(codes["train"]["ids"]) // 2
+    assert images == 40 and len(codes["train"]["text"]) == len(codes["train"]["ids"])
     refused = run(file)
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -91,7 +91,20 @@ class ModelRecipe:
     heads: int = 4
     dropout: float = 0.0
     condition_dropout: float = 0.1  # share of samples trained without their condition
+    crops: int = (
+        1  # encodings of each training image: the first as it is, the others shifted at random
+    )
+    shift: int = 0  # pixels, at most, by which the others are shifted
     training: Optimization = field(default_factory=Optimization)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.crops < 1:
+            raise ValueError(f"crops is {self.crops}, expected at least 1")
+        if self.shift < 0 or (self.crops > 1) != (self.shift > 0):
+            raise ValueError(
+                f"crops is {self.crops} and shift {self.shift}, expected both or none to be in use"
+            )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from unicfg.training.checkpoint import write_atomically
 from unicfg.training.data import ImageSet, read_folder, to_float
 from unicfg.training.dropout import ConditionDropout
 from unicfg.training.optimize import fit
-from unicfg.training.recipe import DataRecipe, Recipe, TokenizerRecipe
+from unicfg.training.recipe import DataRecipe, ModelRecipe, Recipe, TokenizerRecipe
 from unicfg.training.shapes import make_shapes
 
 SAMPLE_SCALES = (1.0, 3.0)
@@ -66,8 +66,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
     tokenizer = train_tokenizer(recipe, train_set, val_set, out, resume=resume)
     text = _text_tokenizer(recipe, train_set, out)
     codes = [
-        _codes(tokenizer, text, part, out / "codes" / f"{name}.safetensors")
-        for name, part in (("train", train_set), ("validation", val_set))
+        _codes(tokenizer, text, part, out / "codes" / f"{name}.safetensors", recipe.model, crops)
+        for name, part, crops in (
+            ("train", train_set, recipe.model.crops),
+            ("validation", val_set, 1),
+        )
     ]
     return _train_model(recipe, tokenizer, text, codes[0], codes[1], val_set, out, resume=resume)
 
@@ -205,25 +208,54 @@ def _text_tokenizer(recipe: Recipe, train_set: ImageSet, out: Path) -> TextToken
 
 
 def _codes(
-    tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, file: Path
+    tokenizer: VQTokenizer,
+    text: TextTokenizer,
+    images: ImageSet,
+    file: Path,
+    recipe: ModelRecipe,
+    crops: int,
 ) -> TensorDataset:
     """Image tokens and text tokens of a data set, made once and kept with a mark of what made them."""
-    mark = _mark(tokenizer, text, images)
+    mark = _mark(tokenizer, text, images, crops, recipe.shift)
     if file.exists():
         with safe_open(file, framework="pt") as handle:
             if (handle.metadata() or {}).get("made_from") == mark:
                 return TensorDataset(handle.get_tensor("ids"), handle.get_tensor("text"))
-    ids = torch.cat(
-        [tokenizer.encode(to_float(batch)).flatten(1) for batch in images.images.split(64)]
-    )
-    captions = text.encode(images.captions)
-    write_atomically({"ids": ids, "text": captions}, file, {"made_from": mark})
-    return TensorDataset(ids, captions)
+    generator = torch.Generator().manual_seed(recipe.training.seed)
+    ids = []
+    for crop in range(crops):
+        for batch in images.images.split(64):
+            shift = recipe.shift if crop else 0
+            ids.append(tokenizer.encode(shifted(to_float(batch), shift, generator)).flatten(1))
+    captions = text.encode(images.captions).repeat(crops, 1)
+    tensors = {"ids": torch.cat(ids), "text": captions}
+    write_atomically(tensors, file, {"made_from": mark})
+    return TensorDataset(tensors["ids"], captions)
 
 
-def _mark(tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet) -> str:
-    """A hash of the tokenizers and the data: stale codes are not used."""
-    digest = hashlib.sha256(text.bpe.to_str().encode())
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W), each moved by up to ``most`` pixels both ways, its border repeated behind it.
+
+    A model that sees an image in one position only learns its tokens by heart and leans on them, not on the
+    caption; several encodings of each image are the remedy (the ten-crop codes of LlamaGen, arXiv 2406.06525).
+    """
+    if most == 0:
+        return images
+    height, width = images.shape[2:]
+    padded = F.pad(images, (most,) * 4, mode="replicate")
+    offsets = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
+    moved = [
+        image[:, y : y + height, x : x + width]
+        for image, (y, x) in zip(padded, offsets, strict=True)
+    ]
+    return torch.stack(moved)
+
+
+def _mark(
+    tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, crops: int, shift: int
+) -> str:
+    """A hash of the tokenizers, the data and how it is encoded: stale codes are not used."""
+    digest = hashlib.sha256(f"{text.bpe.to_str()} {text.length} {crops} {shift}".encode())
     for tensor in (*tokenizer.state_dict().values(), images.images):
         digest.update(tensor.numpy().tobytes())
     digest.update("\n".join(images.captions).encode())
