@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from models import TextToImage
-from unicfg.training.data import to_float
+from tokenizers_vq import to_float
 from unicfg.training.recipe import load_recipe
 from unicfg.training.trainer import evaluate_tokenizer, load_data
 

@@ -19,6 +19,7 @@ from models.text import TextTokenizer
 from models.token_transformer import TokenTransformer
 from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
+from tokenizers_vq.images import to_images
 from unicfg.guidance import Guidance
 from unicfg.sampling import TokenStep, sample_autoregressive
 from unicfg.training.dropout import ConditionDropout
@@ -141,9 +142,7 @@ class TextToImage:
             >>> pipe = TextToImage.from_pretrained("shapes")
             >>> images = pipe(["a red circle"], guidance=Guidance(3.0), seeds=[0])
         """
-        images = self.sample(prompts, seeds=seeds, **options)
-        pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(image) for image in pixels]
+        return to_images(self.sample(prompts, seeds=seeds, **options))
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
         """Write the pipeline; other families that are already in the folder stay.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unicfg.pictures import to_images
-from unicfg.training.data import ImageSet, read_folder, to_float
+from tokenizers_vq import to_float, to_images
+from unicfg.training.data import ImageSet, read_folder
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 

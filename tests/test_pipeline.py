@@ -11,10 +11,10 @@ from PIL import Image
 from tiny import CAPTIONS, pipeline, transformer
 
 from models import TextToImage
-from tokenizers_vq import VQTokenizer, VQTokenizerConfig
+from tokenizers_vq import VQTokenizer, VQTokenizerConfig, to_images
 from unicfg import ConditionDropout, Guidance
 from unicfg.cli import expand_lists, main
-from unicfg.pictures import grid, save_picture, to_images
+from unicfg.pictures import grid, save_picture
 
 
 @pytest.fixture(scope="module")

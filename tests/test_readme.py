@@ -9,8 +9,8 @@ import torch
 
 from models import TextToImage
 from models.pipeline import shipped_weights
+from tokenizers_vq import to_float
 from unicfg import Guidance
-from unicfg.training.data import to_float
 from unicfg.training.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent

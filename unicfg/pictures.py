@@ -6,17 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 LINE = 14  # pixels a line of text
-
-
-def to_images(images: Tensor) -> list[Image.Image]:
-    """Float images (B, 3, H, W) in [-1, 1] -> PIL images."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 
 
 def grid(

@@ -167,23 +167,6 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
     )
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Pixels 0..255 as the floats in [-1, 1] that models see; ``unicfg.pictures.to_images`` undoes it exactly.
-
-    Args:
-        images: uint8, any shape.
-
-    Returns:
-        float32 of the same shape.
-
-    Raises:
-        TypeError: if ``images`` are not uint8.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are {images.dtype}, expected torch.uint8")
-    return images.float() / 127.5 - 1
-
-
 @dataclass(frozen=True)
 class _Entry:
     """An image to read: its file relative to the folder, and what is known of it."""

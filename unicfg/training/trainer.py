@@ -25,11 +25,13 @@ from tokenizers_vq import (
     VQTokenizerConfig,
     codebook_statistics,
     reconstruction_loss,
+    to_float,
+    to_images,
 )
 from unicfg.guidance import Guidance
-from unicfg.pictures import grid, save_picture, to_images
+from unicfg.pictures import grid, save_picture
 from unicfg.training.checkpoint import write_atomically
-from unicfg.training.data import ImageSet, read_folder, to_float
+from unicfg.training.data import ImageSet, read_folder
 from unicfg.training.dropout import ConditionDropout
 from unicfg.training.optimize import fit
 from unicfg.training.recipe import DataRecipe, ModelRecipe, Recipe, TokenizerRecipe

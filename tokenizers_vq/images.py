@@ -1,0 +1,30 @@
+"""Between pictures as people have them and the floats in [-1, 1] that networks see."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Pixels 0..255 as floats in [-1, 1]; :func:`to_images` undoes it exactly.
+
+    Args:
+        images: uint8, any shape.
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        TypeError: if ``images`` are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}, expected torch.uint8")
+    return images.float() / 127.5 - 1
+
+
+def to_images(images: Tensor) -> list[Image.Image]:
+    """Float images (B, 3, H, W) in [-1, 1], clamped, as RGB pictures."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
