@@ -64,7 +64,7 @@ def test_the_shapes_tokenizer_reconstructs_scenes_it_never_saw():
 
 
 def test_guidance_draws_the_named_colour_more_often():
-    """The middle of the picture is red more often at s = 3 than at s = 0, and at s = 3 nearly always."""
+    """The middle of the picture is red more often at s = 2 than at s = 0, and at s = 2 nearly always."""
     pipe = TextToImage.from_pretrained("shapes")
     prompts = ["a large red circle on a white background"] * 24
 
@@ -73,5 +73,5 @@ def test_guidance_draws_the_named_colour_more_often():
         red = (images[:, 0] > 0.3) & (images[:, 1] < -0.3) & (images[:, 2] < -0.3)
         return float((red.sum((1, 2)) > 40).double().mean())
 
-    assert share(3.0) > 0.8 > 0.4 > share(0.0)
+    assert share(2.0) > 0.8 > 0.4 > share(0.0)
     assert torch.equal(*(pipe.sample(prompts[:2], seeds=[0, 1]) for _ in range(2)))
