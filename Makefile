@@ -2,12 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench clean
+.PHONY: demo test bench clean
 
-# The constraints pin the tested set; torch first, so that the CPU build is not replaced by a larger one.
+# The constraints pin the tested set.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
@@ -24,9 +23,6 @@ test: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
-
-test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m slow
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --out benchmarks/results

@@ -89,10 +89,12 @@ class Prefix(nn.Module):
         vocabulary = self.embedding.num_embeddings
         if cond.ndim != 2 or cond.shape[1] != self.length:
             raise ValueError(f"cond has shape {tuple(cond.shape)}, expected (B, {self.length})")
-        if cond.device.type == "cpu" and cond.numel() and int(cond.max()) >= vocabulary:
-            raise ValueError(
-                f"cond holds id {int(cond.max())}, expected ids below the vocabulary {vocabulary}"
-            )
+        if cond.device.type == "cpu" and cond.numel():  # elsewhere the check would stall the device
+            low, high = int(cond.min()), int(cond.max())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"cond holds ids from {low} to {high}, expected 0 to {vocabulary - 1}"
+                )
         embedded: Tensor = self.embedding(cond)
         return embedded + self.position
 

@@ -41,7 +41,10 @@ class PackedLinear(nn.Module):
 def can_pack(linear: nn.Linear) -> bool:
     """Whether this layer has a faster packed form on this machine."""
     return (
-        linear.weight.device.type == "cpu"
+        type(linear) is nn.Linear  # a subclass may compute something else
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and linear.weight.device.type == "cpu"
         and linear.weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

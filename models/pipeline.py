@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,20 +11,29 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.text import TextTokenizer
 from models.token_transformer import TokenTransformer
 from tokenizers_vq import VQTokenizer
-from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
+from tokenizers_vq.hub import (
+    FORMAT_VERSION,
+    WEIGHTS,
+    check_format_version,
+    load_tensors,
+    read_json,
+    save_part,
+    write_atomically,
+    write_text_atomically,
+)
 from tokenizers_vq.images import to_images
 from unicfg.guidance import Guidance
 from unicfg.sampling import TokenStep, sample_autoregressive
 from unicfg.training.dropout import ConditionDropout
 
 MODEL_CLASSES: dict[str, type[TokenTransformer]] = {"ar": TokenTransformer}
-NULL_FILE = "null_condition.safetensors"
+DESCRIPTION = "pipeline.json"
+NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
 
 class TextToImage:
@@ -69,6 +77,15 @@ class TextToImage:
                 f"the model takes {network.config.condition_length} text tokens and the text "
                 f"tokenizer gives {text.length}: they were not trained together"
             )
+        if network.config.condition_vocabulary != text.vocabulary:
+            raise ValueError(
+                f"the model knows {network.config.condition_vocabulary} text tokens and the text "
+                f"tokenizer {text.vocabulary}: they were not trained together"
+            )
+        null = model.null_condition
+        if not isinstance(null, Tensor) or null.shape != (text.length,):
+            shape = tuple(null.shape) if isinstance(null, Tensor) else type(null).__name__
+            raise ValueError(f"the null condition is {shape}, expected ids ({text.length},)")
         self.text, self.tokenizer, self.family = text, tokenizer.eval(), family
         self.model = model.eval()
 
@@ -155,16 +172,17 @@ class TextToImage:
             OSError: if it cannot be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_part(self.tokenizer, folder / "tokenizer", dtype)
-        self.text.save(folder / "text.json")
-        _save_part(self.model.model, folder / self.family, dtype)
         null = self.model.null_condition
         assert isinstance(null, Tensor)
-        save_file({"null_condition": null.detach().cpu()}, folder / self.family / NULL_FILE)
-        families = sorted(f for f in MODEL_CLASSES if (folder / f / "config.json").exists())
+        save_part(self.tokenizer, folder / "tokenizer", dtype)
+        self.text.save(folder / "text.json")
+        null_file = folder / self.family / NULL_FILE
+        write_atomically({NULL_KEY: null.detach().cpu()}, null_file, {})
+        save_part(self.network, folder / self.family, dtype)
+        families = sorted(f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists())
         description = {"format_version": FORMAT_VERSION, "families": families}
-        (folder / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
+        # last, so that what it names is there
+        write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
         return folder
 
     @classmethod
@@ -182,15 +200,20 @@ class TextToImage:
         """
         family = family or "ar"
         folder = find_weights(name)
-        description = json.loads((folder / "pipeline.json").read_text())
-        check_format_version(description.get("format_version", 0))
-        if family not in description["families"] or family not in MODEL_CLASSES:
-            raise ValueError(f"{name} holds the families {description['families']}, not {family!r}")
+        description = read_json(folder / DESCRIPTION)
+        check_format_version(description.get("format_version"))
+        families = description.get("families")
+        if not isinstance(families, list) or family not in families or family not in MODEL_CLASSES:
+            raise ValueError(f"{name} holds the families {families}, not {family!r}")
         network = MODEL_CLASSES[family].from_pretrained(folder / family)
-        null = load_file(folder / family / NULL_FILE)["null_condition"]
+        null = load_tensors(folder / family / NULL_FILE)
+        if null.keys() != {NULL_KEY}:
+            raise ValueError(
+                f"{folder / family / NULL_FILE} holds {sorted(null)}, expected [{NULL_KEY!r}]"
+            )
         return cls(
             TextTokenizer.load(folder / "text.json"),
-            ConditionDropout(network, null),
+            ConditionDropout(network, null[NULL_KEY]),
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,
         )
@@ -199,7 +222,7 @@ class TextToImage:
 def shipped_weights() -> dict[str, Path]:
     """Names and folders of the weights that ship with the library."""
     root = Path(str(resources.files("models"))) / "weights"
-    return {p.parent.name: p.parent for p in sorted(root.glob("*/pipeline.json"))}
+    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{DESCRIPTION}"))}
 
 
 def find_weights(name: Path | str) -> Path:
@@ -211,7 +234,7 @@ def find_weights(name: Path | str) -> Path:
     shipped = shipped_weights()
     if str(name) in shipped:
         return shipped[str(name)]
-    if (Path(name) / "pipeline.json").is_file():
+    if (Path(name) / DESCRIPTION).is_file():
         return Path(name)
     known = f"expected one of {sorted(shipped)}, a folder with pipeline.json, or a hub repository"
     if Path(name).exists() or str(name).count("/") != 1:
@@ -220,23 +243,3 @@ def find_weights(name: Path | str) -> Path:
         return Path(snapshot_download(str(name)))
     except Exception as error:  # the hub client has no common base class for "not to be had"
         raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error
-
-
-def _save_part(module: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write one part beside and swap it in, so that a full disk leaves the old one."""
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        state = {k: v.detach().cpu() for k, v in module.state_dict().items()}
-        if dtype is not None:
-            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        beside.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in state.items()}, beside / "model.safetensors")
-        config = module.config.__dict__
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except Exception as error:
-        raise OSError(f"could not write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from tokenizers_vq.hub import write_text_atomically
+
 PAD, NULL, END = "[PAD]", "[NULL]", "[END]"
 SPECIAL = (PAD, NULL, END)
 
@@ -78,7 +80,7 @@ class TextTokenizer:
         return torch.full((self.length,), self._null)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> ids (B, T), int64. A caption that is too long is cut, and a warning says so.
+        """Captions -> ids (B, T), int64. Captions that are too long are cut, and one warning says so.
 
         Raises:
             TypeError: if ``captions`` is a single string, or an entry is none.
@@ -88,18 +90,22 @@ class TextTokenizer:
         ids = torch.full((len(captions), self.length), self._pad)
         # special tokens typed by a user are text, not commands
         self.bpe.encode_special_tokens = True
+        cut: list[tuple[str, str]] = []
         for row, encoding in enumerate(self.bpe.encode_batch(list(captions))):
             tokens = encoding.ids
             if len(tokens) > self.length:
-                log.warning(
-                    "caption %r has %d tokens, cut to %d: %r is not seen",
-                    captions[row],
-                    len(tokens),
-                    self.length,
-                    self.bpe.decode(tokens[self.length :]),
-                )
+                cut.append((captions[row], self.bpe.decode(tokens[self.length :])))
             tokens = [*tokens, self._end][: self.length]
             ids[row, : len(tokens)] = torch.tensor(tokens)
+        if cut:
+            log.warning(
+                "%d of %d captions are longer than %d tokens and were cut; of the first, %r, "
+                "this is not seen: %r",
+                len(cut),
+                len(captions),
+                self.length,
+                *cut[0],
+            )
         return ids
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -110,7 +116,7 @@ class TextTokenizer:
         """Write everything into one JSON file; the length is kept as the padding rule."""
         copy = Tokenizer.from_str(self.bpe.to_str())
         copy.enable_padding(length=self.length, pad_id=self._pad, pad_token=PAD)
-        copy.save(str(file))
+        write_text_atomically(copy.to_str(pretty=True), Path(file))
 
     @classmethod
     def load(cls, file: Path | str) -> TextTokenizer:

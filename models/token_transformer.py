@@ -1,6 +1,7 @@
 """``TokenTransformer``: logits of image tokens given a condition."""
 
-# annotations are not postponed here: the hub mixin reads the type of ``config`` to rebuild it from JSON
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,8 @@ class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["
     Args:
         config: sizes.
     """
+
+    config_class = TokenTransformerConfig
 
     def __init__(self, config: TokenTransformerConfig) -> None:
         super().__init__()

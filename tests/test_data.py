@@ -568,3 +568,14 @@ def test_emoji_from_pip_packages(script, tmp_path, monkeypatch):
     script.main([str(tmp_path / "out"), "--size", "16", "--pip-only"])
     monkeypatch.delitem(sys.modules, "emoji", raising=False)
     assert read(tmp_path / "out", 16).captions == ["tiger in twitter style"]
+
+
+def test_subfolders_with_metadata_are_splits(tmp_path):
+    for part, colour in (("train", (255, 0, 0)), ("validation", (0, 0, 255))):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / part / "a.png")
+        line = json.dumps({"file_name": "a.png", "text": f"one of {part}"})
+        (tmp_path / part / "metadata.jsonl").write_text(line + "\n")
+    train, val = read_folder(tmp_path, 8, progress=False).split(0.5)
+    assert train.captions == ["one of train"] and val.captions == ["one of validation"]
+    assert val.images[0, :, 0, 0].tolist() == [0, 0, 255]

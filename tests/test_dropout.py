@@ -1,6 +1,7 @@
 """Condition dropout: per sample, out of place, resumable, for any model."""
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_an_embedding_as_null_is_trained_and_saved():
     wrapped(torch.zeros(5), torch.ones(5, 3, 4)).sum().backward()
     assert (wrapped.null_condition.grad == 5).all()
     assert any(p is wrapped.null_condition for p in wrapped.parameters())
-    assert "null" in wrapped.state_dict()
+    assert "null_0" in wrapped.state_dict()
 
 
 def test_ids_as_null_select_a_row_that_the_optimizer_trains():
@@ -135,7 +136,18 @@ def test_nested_conditions():
     assert 0 < dropped.sum() < 4
     assert torch.equal(seen["extra"][0].sum(1) == 0, dropped)
     assert torch.equal(seen["extra"][1] == 7, dropped)
-    assert {name for name, _ in wrapped.named_parameters()} == {"null_text", "null_extra_0"}
+    assert {name for name, _ in wrapped.named_parameters()} == {"null_0", "null_1"}
+
+
+def test_named_tuples_and_awkward_keys():
+    Pair = namedtuple("Pair", "text size")
+    cond = {"a": {"b.c": Pair(torch.ones(3, 2), torch.ones(3, 1))}, "a_b": torch.ones(3, 4)}
+    null = {"a": {"b.c": Pair(torch.zeros(2), torch.tensor([5.0]))}, "a_b": torch.full((4,), 7.0)}
+    wrapped = ConditionDropout(Recorder(), null, p=1.0).train()
+    wrapped(torch.zeros(3), cond)
+    seen = wrapped.model.cond
+    assert isinstance(seen["a"]["b.c"], Pair)
+    assert (seen["a"]["b.c"].size == 5).all() and (seen["a_b"] == 7).all()
 
 
 def test_bad_arguments_are_refused_by_name():

@@ -1,7 +1,9 @@
 """The formula: exact ends, algebra, masks, errors."""
 
+import io
 import math
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -197,15 +199,57 @@ def test_conversions_from_other_conventions():
         scale_from_beta(0)
 
 
+OUTPUT = r"[\w.]*(?:cond|uncond|null|_c|_u|\bc|\bu)\w*"
+FORMULAS = re.compile(
+    r"lerp\s*\("  # any lerp at all
+    rf"|\(\s*{OUTPUT}\s*-\s*{OUTPUT}\s*\)\s*\*"  # (c - u) * s
+    rf"|\*\s*\(\s*{OUTPUT}\s*-\s*{OUTPUT}\s*\)"  # s * (c - u)
+    rf"|\(\s*1(?:\.0)?\s*[-+]\s*\w+\s*\)\s*\*\s*{OUTPUT}"  # (1 - s) * u, (1 + w) * c
+    rf"|{OUTPUT}\s*\*\s*\(\s*1(?:\.0)?\s*[-+]\s*\w+\s*\)"
+)
+
+
+def code_of(source: str) -> str:
+    """Source without comments and strings, one logical line a line."""
+    ignored = (tokenize.COMMENT, tokenize.STRING, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return " ".join(t.string for t in tokens if t.type not in ignored)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "out = u + s * (c - u)",
+        "out = uncond_out + (cond_out - uncond_out) * s",
+        "x = logits_u + s * (logits_c - logits_u)",
+        "x = s * cond + (1 - s) * uncond",
+        "x = (1 + w) * c - w * u",
+        "x = torch.lerp(a, b, s)",
+        "x = null.lerp(cond, s)",
+    ],
+)
+def test_the_search_for_the_formula_finds_its_spellings(line):
+    assert FORMULAS.search(code_of(line + "\n"))
+
+
 def test_the_formula_stands_once():
-    """No second spelling of the formula, and no second lerp of outputs, anywhere in the library."""
+    """No second spelling of the formula anywhere in the library."""
     root = Path(__file__).parent.parent
-    spelled = re.compile(r"torch\.lerp|\.lerp\(|\*\s*\(\s*c\w*\s*-\s*(u\w*|null\w*)\s*\)")
     found = []
     for package in ("unicfg", "tokenizers_vq", "models"):
         for file in (root / package).rglob("*.py"):
-            for line in file.read_text().splitlines():
-                code = line.split("#")[0]
-                if spelled.search(code) and "``" not in code and "out = uncond_out + s" not in code:
-                    found.append(file.name)
+            found += [file.name] * len(FORMULAS.findall(code_of(file.read_text())))
     assert found == ["core.py"]
+
+
+@given(
+    values=st.lists(st.floats(allow_nan=False, width=32), min_size=8, max_size=8),
+    s=st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_extreme_values_and_scales_stay_finite_and_exact_at_the_ends(values, s):
+    cond, uncond = torch.tensor(values).view(2, 1, 4)
+    assert torch.equal(guide(cond, uncond, 1.0), cond)
+    assert torch.equal(guide(cond, uncond, 0.0), uncond)
+    if s not in (0.0, 1.0):
+        out = guide(cond, uncond, s)
+        assert not out.isnan().any() and not out.isposinf().any()

@@ -134,6 +134,8 @@ def test_a_grid_places_its_images():
 def test_a_picture_needs_a_suffix_that_is_one(tmp_path):
     with pytest.raises(ValueError, match=r"suffix '\.gnp'"):
         save_picture(Image.new("RGB", (2, 2)), tmp_path / "x.gnp")
+    with pytest.raises(ValueError, match="suffix"):
+        save_picture(Image.new("RGB", (2, 2)), tmp_path / "x.psd")  # can be read only
 
 
 # the command line

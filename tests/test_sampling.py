@@ -317,6 +317,18 @@ def test_noise_depends_on_its_own_seed_alone():
     assert torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
 
 
+def test_a_broken_model_stops_with_the_token_and_the_branch():
+    chain = MarkovChain()
+    chain.next[0, :, 1] = math.nan  # the class of the null condition, from the second token on
+    cond, null = torch.ones(3, 1, dtype=torch.long), torch.tensor([0])
+    with pytest.raises(FloatingPointError, match=r"no token 1 can be drawn.*\['uncond'\]"):
+        sample_autoregressive(chain, cond, uncond=null, guidance=Guidance(2.0), seeds=range(3))
+    chain = MarkovChain()
+    chain.first[:] = -math.inf
+    with pytest.raises(FloatingPointError, match="no token 0"):
+        sample_autoregressive(chain, cond, seeds=range(3))
+
+
 def test_bad_arguments_are_refused_by_name():
     model = wrapped_transformer()
     seeds = [0, 1, 2, 3]
@@ -340,5 +352,16 @@ def test_bad_arguments_are_refused_by_name():
         )
     with pytest.raises(ValueError, match="training mode"):
         sample_autoregressive(wrapped_transformer().train(), COND, seeds=seeds)
+    for scale in (torch.ones(3), torch.ones(3) * 2):
+        with pytest.raises(ValueError, match="3 values for a batch of 4"):
+            sample_autoregressive(model, COND, seeds=seeds, guidance=Guidance(scale))
+    with pytest.raises(TypeError, match=r"guidance is 3\.0, expected a Guidance"):
+        sample_autoregressive(model, COND, seeds=seeds, guidance=3.0)
+    with pytest.raises(ValueError, match="64 bits"):
+        sample_autoregressive(model, COND, seeds=[2**70, 1, 2, 3])
+    with pytest.raises(ValueError, match="0 samples"):
+        sample_autoregressive(model, COND[:0], seeds=[])
+    with pytest.raises(ValueError, match=r"top_k is 1\.5"):
+        sample_autoregressive(model, COND, seeds=seeds, top_k=1.5)
     with pytest.raises(ValueError, match="3 values for a batch of 4"):
         sample_autoregressive(model, COND, seeds=seeds, guidance=Guidance(torch.ones(3) * 2))

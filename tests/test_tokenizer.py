@@ -58,7 +58,6 @@ def test_fsq_ids_round_trip(seed):
     quantizer = FiniteScalarQuantizer((8, 5, 5, 5))
     ids = torch.randint(0, 1000, (2, 3, 3), generator=torch.Generator().manual_seed(seed))
     codes = quantizer.codes(ids)
-    assert quantizer.codebook_size == 1000
     # codes are grid points in [-1, 1): their ids, by the mixed-radix number of the levels
     levels = torch.tensor([8, 5, 5, 5])
     half = (levels // 2).view(1, 4, 1, 1)

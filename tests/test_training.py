@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from models import TextToImage
+from tokenizers_vq.hub import write_atomically
 from unicfg import Guidance
-from unicfg.training.checkpoint import Checkpoints, write_atomically
+from unicfg.training.checkpoint import Checkpoints
 from unicfg.training.data import ImageSet
 from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
 from unicfg.training.recipe import ModelRecipe, Optimization, Recipe, load_recipe
@@ -81,6 +82,13 @@ def test_a_recipe_is_read_with_its_types(tmp_path):
         ({"model": {"widht": 3}}, "model: unknown key 'widht', expected one of .*'width'"),
         ({"model": {"training": {"lr": 1}}}, "model: training: unknown key 'lr'.*'learning_rate'"),
         ({"model": {"width": "wide"}}, "model.width"),
+        ({"prompts": "a red circle"}, "prompts is 'a red circle', expected a list"),
+        ({"tokenizer": {"levels": 5}}, "levels is 5, expected a list"),
+        ({"model": {"dropout": "abc"}}, "dropout is 'abc', expected a number"),
+        ({"model": {"training": {"learning_rate": "1e-3"}}}, r"write 1\.0e-3"),
+        ({"model": {"training": {"clip": -1}}}, "clip is -1"),
+        ({"model": {"condition_dropout": 2}}, "condition_dropout is 2"),
+        ({"model": 3}, "model is 3, expected a section"),
         ({"model": {"family": "gan"}}, "model.family"),
         ({"model": {"training": {"steps": 0}}}, "steps is 0, expected at least 1"),
         ({"model": {"training": {"ema": 1.0}}}, r"ema is 1\.0"),
@@ -217,7 +225,7 @@ def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
     write_atomically({"x": torch.ones(4)}, file, {})
     code = (
         "import resource, signal, sys, torch; from pathlib import Path;"
-        "from unicfg.training.checkpoint import write_atomically;"
+        "from tokenizers_vq.hub import write_atomically;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "write_atomically({'x': torch.ones(1_000_000)}, Path(sys.argv[1]), {})"
@@ -317,6 +325,58 @@ def test_an_image_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):
     done = run(write_recipe(tmp_path, values))
     assert done.returncode == 2
     assert "image_size is 24, expected a multiple of the factor 16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"condition_dropout": 0.9}, "model/condition_dropout was 0.3, now 0.9"),
+        ("data", {"wrong": 0.9}, "data/wrong was 0.15, now 0.9"),
+        ("tokenizer", {"width": 32}, "tokenizer/width was 16, now 32"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_recipe(tmp_path, section, change, message):
+    out = tmp_path / "run"
+    values = tiny_recipe(out, steps=1)
+    train(load_recipe(write_recipe(tmp_path, values)))
+    before = (out / "recipe.json").read_text()
+    values[section] |= change
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+    assert (out / "recipe.json").read_text() == before
+
+
+def test_other_data_is_not_resumed_and_a_finished_run_may_be(tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run", steps=1)))
+    train(recipe)
+    train(recipe, resume=True)
+    data = load_data(recipe.data)
+    data.captions[0] = "another caption"
+    monkeypatch.setattr("unicfg.training.trainer.load_data", lambda _: data)
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        train(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"heads": 5}, "width is 32, expected a multiple of heads"),
+        ("text", {"vocabulary": 100}, "vocabulary is 100, expected at least 259"),
+        ("tokenizer", {"levels": [5, 1]}, r"levels is \(5, 1\)"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(tmp_path, section, change, message):
+    values = tiny_recipe(tmp_path / "run")
+    values[section] |= change
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(write_recipe(tmp_path, values)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+        train(load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run"))))
 
 
 def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch):

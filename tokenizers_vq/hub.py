@@ -1,20 +1,26 @@
-"""Saving and loading that never returns random weights: the hub mixin with ``strict=True``, always."""
+"""Files that are whole or refused: atomic writing, strict loading, and the hub mixin built on both."""
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import dacite
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 FORMAT_VERSION = 1  # written into every config; a reader refuses what it does not know
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def check_format_version(version: int) -> None:
-    """Refuse a configuration written by a newer release.
+def check_format_version(version: object) -> None:
+    """Refuse what another release has written.
 
     Raises:
         ValueError: if ``version`` is not the one this release reads.
@@ -26,7 +32,80 @@ def check_format_version(version: int) -> None:
         )
 
 
-def load_weights(model: torch.nn.Module, file: Path | str) -> None:
+def write_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, a full disk for one; what stood there before is untouched.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata)
+        with open(beside, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(beside, file)
+    except (OSError, SafetensorError) as error:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise OSError(
+            f"could not write {file} ({size / 1e6:.1f} MB): {error}. "
+            "Free some disk space; what was saved before is whole"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text_atomically(text: str, file: Path) -> None:
+    """Write a text file that is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; what stood there before is untouched.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, "utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        raise OSError(f"could not write {file}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else; names the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}, expected an object")
+    return values
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated or damaged.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights at {file}: expected a safetensors file")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
     """Copy the tensors of a safetensors ``file`` into ``model``; every key must match.
 
     Half-precision files load into float32 models: the copy converts.
@@ -35,13 +114,7 @@ def load_weights(model: torch.nn.Module, file: Path | str) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, or if keys or shapes differ; names them.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no weights at {file}: expected a safetensors file")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
-    expected = model.state_dict()
+    tensors, expected = load_tensors(file), model.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
@@ -61,33 +134,58 @@ def load_weights(model: torch.nn.Module, file: Path | str) -> None:
 class StrictHubMixin(PyTorchModelHubMixin):
     """``save_pretrained``, ``from_pretrained``, ``push_to_hub`` with every key checked.
 
-    The parent class loads with ``strict=False`` by default and so returns random weights for a
-    file of another model without a word; here that is a ``ValueError``.
+    The parent class loads with ``strict=False`` by default, so that a file of another model gives random weights
+    without a word, and ignores keys of the configuration that it does not know. Here both are a ``ValueError``.
     """
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:
-        """Build from the configuration, then load a local file, or one from the hub."""
-        if not Path(model_id).is_dir():
-            return super()._from_pretrained(model_id=model_id, **options)
-        reserved = (
-            "revision",
-            "cache_dir",
-            "force_download",
-            "local_files_only",
-            "token",
-            "strict",
-        )
-        arguments = {k: v for k, v in options.items() if k not in reserved}
-        device = arguments.pop("map_location", "cpu")
-        model = cls(**arguments)
-        file = str(Path(model_id) / "model.safetensors")
-        return cls._load_as_safetensor(model, file, device, strict=True).eval()
+    config_class: ClassVar[type[Any]]
+    config: Any
 
     @classmethod
-    def _load_as_safetensor(
-        cls, model: Any, model_file: str, map_location: str, strict: bool
-    ) -> Any:
-        del strict  # there is no other way to load
-        load_weights(model, model_file)
-        return model.to(map_location)
+    def from_pretrained(cls, name: Path | str, *, revision: str | None = None) -> Self:  # type: ignore[override]
+        """Load a local folder, or a repository on the Hugging Face hub, in eval mode on the CPU.
+
+        Args:
+            name: folder or repository with ``config.json`` and ``model.safetensors``.
+            revision: branch, tag or commit of a repository.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is damaged or belongs to another model.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            files = [CONFIG, WEIGHTS]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+        values = read_json(folder / CONFIG)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            config = dacite.from_dict(cls.config_class, values, dacite.Config(strict=True))
+        except (dacite.DaciteError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        model = cls(config)
+        assert isinstance(model, nn.Module)
+        load_weights(model, folder / WEIGHTS)
+        model.eval()
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_part(self, save_directory)
+
+
+def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write configuration and weights of a model, each whole or not at all.
+
+    Args:
+        model: a module with a dataclass ``config``.
+        folder: made if need be.
+        dtype: of the floating-point weights on disk; None keeps them as they are.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    write_text_atomically(json.dumps(asdict(model.config), indent=2) + "\n", folder / CONFIG)
+    write_atomically(state, folder / WEIGHTS, {})

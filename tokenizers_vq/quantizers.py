@@ -30,7 +30,6 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         self.fsq = FSQ(list(levels))
-        self.codebook_size = int(torch.tensor(levels).prod())
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize features (B, C, h, w)."""
@@ -66,7 +65,6 @@ class VectorQuantizer(nn.Module):
             threshold_ema_dead_code=2,
             rotation_trick=False,
         )
-        self.codebook_size = codebook_size
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize features (B, C, h, w); in training mode this also moves the codebook."""

@@ -1,6 +1,8 @@
 """``VQTokenizer``: an image as a grid of codebook indices, or as a grid of continuous latents."""
 
-# annotations are not postponed here: the hub mixin reads the type of ``config`` to rebuild it from JSON
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +40,15 @@ class VQTokenizerConfig:
             )
         if self.width < 16 or self.width % 16:
             raise ValueError(f"width is {self.width}, expected a multiple of 16")
+        if not self.levels or min(self.levels) < 3:
+            raise ValueError(f"levels is {self.levels}, expected numbers of at least 3")
         if self.quantizer not in ("fsq", "vq"):
             raise ValueError(f"quantizer is {self.quantizer!r}, expected 'fsq' or 'vq'")
+
+    @property
+    def num_codes(self) -> int:
+        """V, the number of distinct tokens."""
+        return math.prod(self.levels) if self.quantizer == "fsq" else self.codebook_size
 
 
 class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image-tokenizer"]):
@@ -52,6 +61,7 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
         config: sizes and the kind of quantizer.
     """
 
+    config_class = VQTokenizerConfig
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -73,7 +83,7 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
     @property
     def codebook_size(self) -> int:
         """V, the number of distinct tokens."""
-        return self.quantizer.codebook_size
+        return self.config.num_codes
 
     @property
     def latent_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""``python -m unicfg``, which ``accelerate launch -m unicfg train ...`` uses too."""
+"""``python -m unicfg`` is the same as ``unicfg``."""
 
 from unicfg.cli import main
 

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from unicfg.guidance import Guidance
-from unicfg.pictures import grid, save_picture
+from unicfg.pictures import check_picture_name, grid, save_picture
+from unicfg.sampling import TokenFilter
 
 app = typer.Typer(
     add_completion=False,
@@ -39,7 +40,11 @@ def train(
     from unicfg.training.trainer import train as run
 
     settings = load_recipe(recipe)
-    run(settings, resume=resume)
+    try:
+        run(settings, resume=resume)
+    except KeyboardInterrupt:
+        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"the pipeline is in {settings.out}: unicfg generate PROMPT --weights {settings.out}")
 
 
@@ -70,9 +75,10 @@ def generate(
     """Draw images of a prompt, or a grid of several prompts or scales, into one picture."""
     texts = _prompts(prompt, prompts)
     values = scales or [scale]
-    guidances = [
-        Guidance(value) for value in values
-    ]  # bad scales are refused before weights are read
+    # what is bad is refused before weights are read
+    guidances = [Guidance(value) for value in values]
+    TokenFilter(temperature, top_k, top_p)
+    check_picture_name(out)
     pipe = TextToImage.from_pretrained(weights, family)
     jobs = [(text, seed + i) for text in texts for i in range(n)]
     total = len(guidances) * -(-len(jobs) // BATCH) * pipe.network.num_tokens
@@ -178,8 +184,3 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; unicfg train --resume goes on from the last checkpoint", file=sys.stderr
-        )
-        sys.exit(130)

@@ -60,16 +60,28 @@ def grid(
     return sheet
 
 
-def save_picture(image: Image.Image, file: Path | str) -> Path:
+def check_picture_name(file: Path) -> None:
+    """Refuse a file name whose suffix is no format that can be written.
+
+    Raises:
+        ValueError: if so.
+    """
+    Image.init()
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{file} has the suffix {file.suffix!r}, expected one like '.png'")
+
+
+def save_picture(image: Image.Image, file: Path) -> Path:
     """Write a picture, making its folder.
 
     Raises:
         ValueError: if the suffix is no picture format.
         OSError: if it cannot be written.
     """
-    file = Path(file)
-    if file.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{file} has the suffix {file.suffix!r}, expected one like '.png'")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file)
+    check_picture_name(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+    except OSError as error:
+        raise OSError(f"could not write {file}: {error}") from error
     return file

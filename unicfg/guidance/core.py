@@ -55,27 +55,30 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     """
     _check_outputs(cond_out, uncond_out)
     s = _check_scale(s, cond_out)
+    if not isinstance(s, Tensor) and s in (0.0, 1.0):  # exact whatever the values are
+        return (cond_out if s == 1.0 else uncond_out.expand_as(cond_out)).clone()
     precise = torch.promote_types(cond_out.dtype, torch.float32)
     cond, uncond = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
-    # a scale beyond the range of the arithmetic saturates like its result
-    most = torch.finfo(precise).max
-    s = (
-        s.double().clamp(-most, most).to(precise)
-        if isinstance(s, Tensor)
-        else max(-most, min(s, most))
-    )
 
     # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it
     cond_masked, uncond_masked = cond.isneginf(), uncond.isneginf()
     cond = cond.masked_fill(cond_masked, 0.0)
     uncond = torch.where(uncond_masked, cond, uncond)
+    # what is too large for the arithmetic saturates: neither the difference nor the result becomes infinite
+    most = torch.finfo(precise).max
+    cond, uncond = cond.clamp(-most / 2, most / 2), uncond.clamp(-most / 2, most / 2)
+    s = (
+        s.double().clamp(-most, most).to(precise)
+        if isinstance(s, Tensor)
+        else max(-most, min(s, most))
+    )
     out = torch.lerp(uncond, cond, s)  # the formula; u + s * (c - u) would not be exact at s = 1
     limits = torch.finfo(cond_out.dtype)
-    out = out.clamp(limits.min, limits.max)  # a huge s saturates and never becomes +inf
+    out = out.clamp(limits.min, limits.max)
     if isinstance(s, Tensor):
         masked = torch.where(s == 0, uncond_masked, cond_masked)
     else:
-        masked = uncond_masked if s == 0 else cond_masked
+        masked = cond_masked
     return out.masked_fill(masked, -math.inf).to(cond_out.dtype)
 
 

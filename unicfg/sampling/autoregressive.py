@@ -101,23 +101,27 @@ def sample_autoregressive(
 
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
-        TypeError: if a seed is no int.
+        TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
+        FloatingPointError: if the model's outputs leave no token to draw; names the token and the branch.
 
     Example:
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = _network_and_null(model, uncond)
-    guidance = guidance or Guidance(1.0)
+    guidance = Guidance(1.0) if guidance is None else guidance
+    if not isinstance(guidance, Guidance):
+        raise TypeError(f"guidance is {guidance!r}, expected a Guidance, as in Guidance(3.0)")
     choose = TokenFilter(temperature, top_k, top_p)
     batch, total = len(cond), network.num_tokens
     noise = uniform_per_sample(check_seeds(seeds, batch), (total,)).to(cond.device)
 
-    branches = _Branches(network, cond, uncond, _needed(guidance, total))
+    branches = _Branches(network, cond, uncond, _needed(guidance, total, batch))
     ids = cond.new_empty((batch, 0), dtype=torch.long)
     for index in range(total):
         progress = _progress(index, total)
         cond_out, uncond_out = branches(ids, guidance.branches_at(progress))
         guided = guidance.combine(progress, cond_out, uncond_out)
+        _check_finite(guided, {"cond": cond_out, "uncond": uncond_out}, index)
         token = draw(choose(guided), noise[:, index])
         ids = torch.cat([ids, token[:, None]], dim=1)
         if callback is not None:
@@ -130,10 +134,34 @@ def _progress(index: int, total: int) -> float:
     return index / max(total - 1, 1)
 
 
-def _needed(guidance: Guidance, total: int) -> set[str]:
-    """Every branch that some step will need."""
-    steps = (guidance.branches_at(_progress(i, total)) for i in range(total))
-    return {branch for step in steps for branch in step}
+def _needed(guidance: Guidance, total: int, batch: int) -> set[str]:
+    """Every branch that some step will need; checks every scale before the first step."""
+    needed: set[str] = set()
+    for index in range(total):
+        scale = guidance.scale_at(_progress(index, total))
+        if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) not in (1, batch):
+            raise ValueError(
+                f"the scale has {len(scale)} values for a batch of {batch}, expected one each"
+            )
+        needed.update(guidance.branches_at(_progress(index, total)))
+    return needed
+
+
+def _check_finite(guided: Tensor, outputs: dict[str, Tensor | None], index: int) -> None:
+    """Stop at the first token that cannot be drawn.
+
+    Raises:
+        FloatingPointError: if a row of the guided logits holds NaN or +inf, or is masked throughout.
+    """
+    if bool(torch.isfinite(guided.amax(-1)).all()):
+        return
+    broken = [
+        k for k, v in outputs.items() if v is not None and bool((v.isnan() | v.isposinf()).any())
+    ]
+    raise FloatingPointError(
+        f"no token {index} can be drawn: the guided logits hold NaN or +inf, or mask every token; "
+        f"NaN or +inf came from the branches {broken}"
+    )
 
 
 def _network_and_null(
@@ -160,8 +188,8 @@ class _Branches:
         if "uncond" in needed:
             if uncond is None:
                 raise ValueError(
-                    "guidance needs an unconditional branch: expected a ConditionDropout as model, "
-                    "or uncond=, the null condition that the model was trained with"
+                    "guidance needs an unconditional branch: expected a ConditionDropout with a "
+                    "tensor as null condition, or uncond=, the null condition of the training"
                 )
             conditions["uncond"] = _check_uncond(uncond, cond)
         names = [name for name in ("cond", "uncond") if name in needed]

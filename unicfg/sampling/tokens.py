@@ -34,8 +34,8 @@ class TokenFilter:
         """Check the ranges."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature is {self.temperature}, expected a finite number >= 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1, or None for all")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k is {self.top_k}, expected an int >= 1, or None for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1, or None for all")
 
@@ -68,7 +68,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Invert the cumulative distribution: one uniform number a token.
 
     Args:
-        probabilities: (..., V), not necessarily normalised.
+        probabilities: (..., V), not necessarily normalised; finite, and not all 0.
         uniform: float64 (...), in [0, 1).
 
     Returns:

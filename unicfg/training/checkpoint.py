@@ -7,39 +7,16 @@ random generator; the learning rate and the order of the data are functions of t
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenizers_vq.hub import write_atomically
+
 SUFFIX = ".safetensors"
-
-
-def write_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is there whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written, a full disk for one; what stood there before is untouched.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata)
-        with open(beside, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(beside, file)
-    except (OSError, SafetensorError) as error:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise OSError(
-            f"could not write {file} ({size / 1e6:.1f} MB): {error}. "
-            "Free some disk space; what was saved before is whole"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def training_state(
@@ -107,6 +84,8 @@ class Checkpoints:
         Raises:
             OSError: if it cannot be written.
         """
+        for leftover in self.folder.glob(".step-*.tmp"):
+            leftover.unlink()  # of a process that was killed while it wrote
         file = self.folder / f"step-{step:08d}{SUFFIX}"
         write_atomically(tensors, file, {"step": str(step), "settings": json.dumps(settings)})
         for old in self.files()[: -self.keep]:

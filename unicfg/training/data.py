@@ -118,7 +118,8 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
     1. ``metadata.jsonl``: an object a line with ``file_name`` (relative to the folder) and ``text``; all other
        fields become attributes.
     2. ``metadata.csv``: the same as columns, as in the imagefolder convention of datasets.
-    3. the caption in a ``.txt`` file beside each image, of the same name; subfolders are read too.
+    3. subfolders like ``train`` and ``validation`` with such a file each: their names become the "split".
+    4. the caption in a ``.txt`` file beside each image, of the same name; subfolders are read too.
 
     Images are turned as their EXIF orientation says and composited on white where they are transparent. The
     longer side is resized to ``size`` (Lanczos); an image that is not square is padded with white, not cropped.
@@ -182,12 +183,32 @@ def _find_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
         file = folder / name
         if file.is_file():
             return _metadata_entries(folder, file, rows(file))
+    parts = [part for part in sorted(folder.iterdir()) if _has_metadata(part)]
+    if parts:
+        return _split_entries(parts)
     if not _files(folder, IMAGE_SUFFIXES):
         raise ValueError(
             f"{folder} holds no captioned images, looked for metadata.jsonl, metadata.csv "
             f"and images ({', '.join(IMAGE_SUFFIXES)}) with a .txt file beside each"
         )
     return _sidecar_entries(folder)
+
+
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
+
+
+def _split_entries(parts: list[Path]) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """Entries of subfolders with metadata of their own; the name of the subfolder is the split."""
+    entries: list[_Entry] = []
+    skipped: list[tuple[str, str]] = []
+    for part in parts:
+        found, missed = _find_entries(part)
+        for entry in found:
+            attributes = {"split": part.name, **entry.attributes}
+            entries.append(_Entry(f"{part.name}/{entry.file}", entry.caption, attributes))
+        skipped += [(f"{part.name}/{name}", reason) for name, reason in missed]
+    return entries, skipped
 
 
 def _metadata_entries(

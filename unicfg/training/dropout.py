@@ -43,7 +43,7 @@ def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor
         if not isinstance(null_condition, (tuple, list)) or len(condition) != len(null_condition):
             raise TypeError(f"null_condition is no sequence of {len(condition)} entries")
         pairs = zip(condition, null_condition, strict=True)
-        return type(condition)(drop_condition(c, n, drop) for c, n in pairs)
+        return _like(condition, [drop_condition(c, n, drop) for c, n in pairs])
     if not isinstance(null_condition, Tensor) or condition.dtype != null_condition.dtype:
         kind = getattr(null_condition, "dtype", type(null_condition).__name__)
         raise TypeError(f"condition is {condition.dtype} and null_condition {kind}, expected equal")
@@ -100,16 +100,16 @@ class ConditionDropout(nn.Module):
             raise ValueError(f"p is {p}, expected a probability between 0 and 1")
         self.model = model
         self.p = p
-        self._structure = self._register(null_condition, "null")
+        self._structure = self._register(null_condition)
         self._random = torch.Generator().manual_seed(seed)
 
-    def _register(self, condition: Condition, name: str) -> Any:
-        """Store each tensor under a name of its own; returns the structure with names for tensors."""
+    def _register(self, condition: Condition) -> Any:
+        """Store each tensor under a numbered name; returns the structure with names for tensors."""
         if isinstance(condition, dict):
-            return {k: self._register(v, f"{name}_{k}") for k, v in condition.items()}
+            return {k: self._register(v) for k, v in condition.items()}
         if isinstance(condition, (tuple, list)):
-            entries = enumerate(condition)
-            return type(condition)(self._register(v, f"{name}_{i}") for i, v in entries)
+            return _like(condition, [self._register(v) for v in condition])
+        name = f"null_{sum(key.startswith('null_') for key in (*self._parameters, *self._buffers))}"
         if condition.is_floating_point():
             self.register_parameter(name, nn.Parameter(condition.detach().clone()))
         else:
@@ -125,7 +125,7 @@ class ConditionDropout(nn.Module):
         if isinstance(structure, dict):
             return {k: self._lookup(v) for k, v in structure.items()}
         if isinstance(structure, (tuple, list)):
-            return type(structure)(self._lookup(v) for v in structure)
+            return _like(structure, [self._lookup(v) for v in structure])
         tensor: Tensor = getattr(self, structure)
         return tensor
 
@@ -143,6 +143,11 @@ class ConditionDropout(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the random draws from ``state_dict``."""
         self._random.set_state(state.cpu())
+
+
+def _like(example: Any, items: list[Any]) -> Any:
+    """Items as a list, tuple or named tuple, whichever the example is."""
+    return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
 
 
 def _batch_size(condition: Condition) -> int:

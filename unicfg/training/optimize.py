@@ -72,8 +72,11 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
-        with self.file.open("a") as handle:
-            handle.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.file.open("a") as handle:
+                handle.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.file}: {error}") from error
 
 
 def learning_rate(step: int, settings: Optimization) -> float:
@@ -115,7 +118,7 @@ def fit(
 
     Raises:
         ValueError: if there is nothing to train on, or the checkpoint was made with other settings.
-        FloatingPointError: if the loss is not finite; names the step.
+        FloatingPointError: if the loss or its gradient is not finite; names the step.
         OSError: if a checkpoint cannot be written; the one before stays whole.
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -168,6 +171,11 @@ def fit(
         optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the gradient is {float(norm)} at step {step}: lower the learning rate; "
+                f"the last whole checkpoint is in {checkpoints.folder}"
+            )
         optimizer.step()
         average.update_parameters(bare)
         seen += settings.batch_size

@@ -6,6 +6,7 @@ Every section is a dataclass and its fields are the keys; a key that is none of 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +54,14 @@ class Optimization:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}, expected a decay in [0, 1)")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected a number > 0")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number > 0")
+        for name in ("final_learning_rate", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number >= 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}, expected two decays in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class TokenizerRecipe:
     codebook_size: int = 1024
     codebook_dim: int = 8
     adversarial: float = 0.0  # weight of the PatchGAN loss, from half of the steps on; 0 is off
-    flip: bool = True  # mirror images at random; the tokenizer sees no captions
+    flip: bool = True  # mirror half of the images, at random; the tokenizer sees no captions
     training: Optimization = field(default_factory=Optimization)
 
 
@@ -99,6 +106,10 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(
+                f"condition_dropout is {self.condition_dropout}, expected a share between 0 and 1"
+            )
         if self.crops < 1:
             raise ValueError(f"crops is {self.crops}, expected at least 1")
         if self.shift < 0 or (self.crops > 1) != (self.shift > 0):
@@ -130,24 +141,42 @@ def load_recipe(file: Path | str) -> Recipe:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no recipe at {file}, expected a YAML file")
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
-    _check_keys(values, Recipe, str(file))
     try:
-        return dacite.from_dict(Recipe, values, dacite.Config(strict=True, cast=[tuple, float]))
+        values = _typed(values, Recipe, str(file))
+        return dacite.from_dict(Recipe, values, dacite.Config(strict=True))
     except dacite.DaciteError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _check_keys(values: dict[str, Any], section: type[Any], where: str) -> None:
-    """Refuse unknown keys, naming the ones that are known."""
+def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, Any]:
+    """The values with lists as tuples and whole numbers as floats where the section wants these.
+
+    Raises:
+        ValueError: if a key is unknown, a list is no list, or a number no number.
+    """
     known = {f.name: f for f in dataclasses.fields(section)}
+    typed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
-        factory = known[key].default_factory
-        if isinstance(value, dict) and isinstance(factory, type):
-            _check_keys(value, factory, f"{where}: {key}")
+        kind, factory = str(known[key].type), known[key].default_factory
+        if isinstance(factory, type):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {key} is {value!r}, expected a section of keys")
+            value = _typed(value, factory, f"{where}: {key}")
+        elif kind.startswith("tuple"):
+            if not isinstance(value, list):
+                raise ValueError(f"{where}: {key} is {value!r}, expected a list")
+            value = tuple(value)
+        elif kind == "float":
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
+                raise ValueError(f"{where}: {key} is {value!r}, expected a number{hint}")
+            value = float(value)
+        typed[key] = value
+    return typed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,15 @@ from tokenizers_vq import (
     to_float,
     to_images,
 )
+from tokenizers_vq.hub import (
+    WEIGHTS,
+    read_json,
+    save_part,
+    write_atomically,
+    write_text_atomically,
+)
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
-from unicfg.training.checkpoint import write_atomically
 from unicfg.training.data import ImageSet, read_folder
 from unicfg.training.dropout import ConditionDropout
 from unicfg.training.optimize import fit
@@ -38,7 +45,16 @@ from unicfg.training.recipe import DataRecipe, ModelRecipe, Recipe, TokenizerRec
 from unicfg.training.shapes import make_shapes
 
 SAMPLE_SCALES = (1.0, 3.0)
-SAMPLE_PROMPTS = 8
+SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
+# what may differ when a run is resumed: it changes no number of the training
+FREE_SETTINGS = {
+    "out",
+    "prompts",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
@@ -55,8 +71,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
         ValueError: if the recipe does not fit its data, or ``recipe.out`` holds another run.
         FileNotFoundError: if the data is not there.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, expected 1: "
+            "training on several processes is not supported yet"
+        )
     out = Path(recipe.out)
-    _claim_folder(recipe, out, resume)
     data = load_data(recipe.data)
     train_set, val_set = data.split(recipe.data.validation)
     print(f"{len(train_set)} training and {len(val_set)} validation images")
@@ -65,8 +85,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
             f"{len(train_set)} training and {len(val_set)} validation images, "
             "expected at least one of each: add images or change data.validation"
         )
-    tokenizer = train_tokenizer(recipe, train_set, val_set, out, resume=resume)
-    text = _text_tokenizer(recipe, train_set, out)
+    # all that can be refused is refused before the folder is claimed and the first step taken
+    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
+    text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
+    model_config = _model_config(recipe, tokenizer_config, text)
+    _claim_folder(recipe, _fingerprint(data), out, resume)
+
+    tokenizer = _train_tokenizer(recipe, tokenizer_config, train_set, val_set, out, resume)
     codes = [
         _codes(tokenizer, text, part, out / "codes" / f"{name}.safetensors", recipe.model, crops)
         for name, part, crops in (
@@ -74,7 +99,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
             ("validation", val_set, 1),
         )
     ]
-    return _train_model(recipe, tokenizer, text, codes[0], codes[1], val_set, out, resume=resume)
+    prompts = list(recipe.prompts) or val_set.captions[:SAMPLE_PROMPTS]
+    return _train_model(recipe, model_config, tokenizer, text, codes, prompts, out, resume)
 
 
 def load_data(recipe: DataRecipe) -> ImageSet:
@@ -90,18 +116,43 @@ def load_data(recipe: DataRecipe) -> ImageSet:
     return read_folder(recipe.path, recipe.image_size)
 
 
-def _claim_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Write the recipe beside its results; refuse to mix two runs in one folder."""
+def _fingerprint(data: ImageSet) -> str:
+    """A hash of images and captions, so that a run is not resumed on other data."""
+    digest = hashlib.sha256(data.images.numpy().tobytes())
+    digest.update(json.dumps(data.captions).encode())
+    return digest.hexdigest()
+
+
+def _claim_folder(recipe: Recipe, fingerprint: str, out: Path, resume: bool) -> None:
+    """Write recipe and data hash beside the results; refuse to mix two runs in one folder."""
     file = out / "recipe.json"
-    text = json.dumps(asdict(recipe), indent=2) + "\n"
+    settings = json.loads(json.dumps({**asdict(recipe), "data_fingerprint": fingerprint}))
     if file.exists() and not resume:
         raise ValueError(f"{out} holds a run already: resume it, or choose another folder as out")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    if file.exists():
+        before, now = _flat(read_json(file)), _flat(settings)
+        changed = [
+            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if key.split("/")[-1] not in FREE_SETTINGS and before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(f"cannot resume {out}: {'; '.join(changed)}")
+    write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with paths as keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 class _Images(Dataset[Tensor]):
-    """uint8 images as floats in [-1, 1], converted one batch at a time."""
+    """uint8 images, made floats in [-1, 1] as they are asked for."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -113,15 +164,20 @@ class _Images(Dataset[Tensor]):
         return to_float(self.images[index])
 
 
-def train_tokenizer(
-    recipe: Recipe, train_set: ImageSet, val_set: ImageSet, out: Path, *, resume: bool = False
+def _train_tokenizer(
+    recipe: Recipe,
+    config: VQTokenizerConfig,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    out: Path,
+    resume: bool,
 ) -> VQTokenizer:
     """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
-    if resume and (out / "tokenizer" / "config.json").exists():
+    if resume and (out / "tokenizer" / WEIGHTS).exists():
         return VQTokenizer.from_pretrained(out / "tokenizer")
     settings = recipe.tokenizer
     set_seed(settings.training.seed)
-    tokenizer = VQTokenizer(_tokenizer_config(settings, recipe.data.image_size))
+    tokenizer = VQTokenizer(config)
     held_out = to_float(val_set.images[:512])
     loss = _TokenizerLoss(tokenizer, settings)
 
@@ -143,7 +199,7 @@ def train_tokenizer(
     assert isinstance(trained, _TokenizerLoss)
     tokenizer = trained.tokenizer.cpu().eval()
     tokenizer.fit_latent_statistics(to_float(train_set.images[:2048]))
-    tokenizer.save_pretrained(out / "tokenizer")
+    save_part(tokenizer, out / "tokenizer")
     return tokenizer
 
 
@@ -166,8 +222,9 @@ class _TokenizerLoss(nn.Module):
 
     def forward(self, images: Tensor, step: int) -> Tensor:
         """Scalar loss of images (B, 3, H, W)."""
-        if self.flip and step % 2:
-            images = images.flip(-1)
+        if self.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
         output, quantized = self.tokenizer(images)
         loss = reconstruction_loss(output, images) + quantized.loss
         if self.adversarial is not None and step >= self.adversarial_from:
@@ -201,12 +258,20 @@ def evaluate_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> tuple[dict[str
     return values, grid(rows, cell=96)
 
 
-def _text_tokenizer(recipe: Recipe, train_set: ImageSet, out: Path) -> TextTokenizer:
-    if (out / "text.json").exists():
-        return TextTokenizer.load(out / "text.json")
-    text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
-    text.save(out / "text.json")
-    return text
+def _model_config(
+    recipe: Recipe, tokenizer: VQTokenizerConfig, text: TextTokenizer
+) -> TokenTransformerConfig:
+    settings = recipe.model
+    return TokenTransformerConfig(
+        codebook_size=tokenizer.num_codes,
+        grid=recipe.data.image_size // tokenizer.factor,
+        condition_vocabulary=text.vocabulary,
+        condition_length=text.length,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        dropout=settings.dropout,
+    )
 
 
 def _codes(
@@ -272,34 +337,22 @@ def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
 
 def _train_model(
     recipe: Recipe,
+    config: TokenTransformerConfig,
     tokenizer: VQTokenizer,
     text: TextTokenizer,
-    train_codes: TensorDataset,
-    val_codes: TensorDataset,
-    val_set: ImageSet,
+    codes: list[TensorDataset],
+    prompts: list[str],
     out: Path,
-    *,
     resume: bool,
 ) -> TextToImage:
-    settings = recipe.model
+    settings, (train_codes, val_codes) = recipe.model, codes
     set_seed(settings.training.seed)
-    config = TokenTransformerConfig(
-        codebook_size=tokenizer.codebook_size,
-        grid=tokenizer.grid(recipe.data.image_size),
-        condition_vocabulary=text.vocabulary,
-        condition_length=text.length,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        dropout=settings.dropout,
-    )
     wrapped = ConditionDropout(
         TokenTransformer(config),
         text.null_condition,
         settings.condition_dropout,
         seed=settings.training.seed,
     )
-    prompts = list(recipe.prompts or val_set.captions)[:SAMPLE_PROMPTS]
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, ConditionDropout)
