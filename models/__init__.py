@@ -3,8 +3,15 @@
 The shape letters are those of ``unicfg.guidance.core``.
 """
 
+from models.labels import ClassLabels
 from models.pipeline import TextToImage
 from models.text import TextTokenizer
 from models.token_transformer import TokenTransformer, TokenTransformerConfig
 
-__all__ = ["TextToImage", "TextTokenizer", "TokenTransformer", "TokenTransformerConfig"]
+__all__ = [
+    "ClassLabels",
+    "TextToImage",
+    "TextTokenizer",
+    "TokenTransformer",
+    "TokenTransformerConfig",
+]

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from models.text import TextTokenizer
+from models.labels import PromptEncoder, load_prompt_encoder
 from models.token_transformer import TokenTransformer
 from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import (
@@ -37,13 +37,13 @@ NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
 
 class TextToImage:
-    """A text tokenizer, a guided model and an image tokenizer.
+    """A prompt encoder, a guided model and an image tokenizer.
 
     On disk it is a folder with ``pipeline.json``, ``text.json``, ``tokenizer/`` and one folder a family, each a
     configuration and a safetensors file.
 
     Args:
-        text: captions to condition ids.
+        text: prompts to condition ids: a text tokenizer, or class labels.
         model: the trained model in its ``ConditionDropout``, which holds the null condition.
         tokenizer: tokens to images.
         family: how the model generates.
@@ -54,7 +54,7 @@ class TextToImage:
 
     def __init__(
         self,
-        text: TextTokenizer,
+        text: PromptEncoder,
         model: ConditionDropout,
         tokenizer: VQTokenizer,
         family: str = "ar",
@@ -212,7 +212,7 @@ class TextToImage:
                 f"{folder / family / NULL_FILE} holds {sorted(null)}, expected [{NULL_KEY!r}]"
             )
         return cls(
-            TextTokenizer.load(folder / "text.json"),
+            load_prompt_encoder(folder / "text.json"),
             ConditionDropout(network, null[NULL_KEY]),
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,

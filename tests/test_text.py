@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CAPTIONS
 
-from models import TextTokenizer
+from models import ClassLabels, TextTokenizer
+from models.labels import load_prompt_encoder
 
 TEXT = TextTokenizer.train(CAPTIONS, vocabulary=300, length=40)
 
@@ -74,3 +75,29 @@ def test_bad_arguments_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer file"):
         TextTokenizer.load(tmp_path / "bad.json")
+
+
+def test_class_labels_are_conditions_of_length_one(tmp_path):
+    labels = ClassLabels(["cat", "dog"])
+    assert labels.encode(["dog", "cat"]).tolist() == [[1], [0]]
+    assert labels.null_condition.tolist() == [2] and labels.vocabulary == 3 and labels.length == 1
+    assert labels.decode(torch.tensor([[0], [2]])) == ["cat", ""]
+    labels.save(tmp_path / "text.json")
+    assert load_prompt_encoder(tmp_path / "text.json").names == ["cat", "dog"]
+    TEXT.save(tmp_path / "text.json")
+    assert isinstance(load_prompt_encoder(tmp_path / "text.json"), TextTokenizer)
+
+
+def test_bad_class_labels_are_refused(tmp_path):
+    labels = ClassLabels(["cat", "dog"])
+    with pytest.raises(ValueError, match="'cow' is no class, expected one of 2: 'cat', 'dog'"):
+        labels.encode(["cat", "cow"])
+    with pytest.raises(TypeError, match="expected a list"):
+        labels.encode("cat")
+    with pytest.raises(ValueError, match="distinct names"):
+        ClassLabels(["cat", "cat"])
+    with pytest.raises(ValueError, match="distinct names"):
+        ClassLabels([])
+    (tmp_path / "text.json").write_text('{"classes": [1]}')
+    with pytest.raises(ValueError, match="expected a list of names"):
+        load_prompt_encoder(tmp_path / "text.json")

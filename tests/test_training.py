@@ -379,7 +379,8 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
         train(load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run"))))
 
 
-def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["bpe", "classes"])
+def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch, kind):
     """End to end: four flat colours by name; guidance makes the named colour more certain."""
     colours = {
         "red": (255, 0, 0),
@@ -395,10 +396,13 @@ def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch):
     settings |= {"sample_every": 1000, "checkpoint_every": 1000}
     values = tiny_recipe(tmp_path / "run", steps=150)
     values["data"]["image_size"] = 8
+    values["text"]["kind"] = kind
     values["model"] |= {"dropout": 0.0, "condition_dropout": 0.1}
     for part in ("tokenizer", "model"):
         values[part]["training"] = settings | {"steps": 200}
-    pipe = train(load_recipe(write_recipe(tmp_path, values)))
+    train(load_recipe(write_recipe(tmp_path, values)))
+    pipe = TextToImage.from_pretrained(tmp_path / "run")
+    assert pipe.text.length == (1 if kind == "classes" else 12)
     for s, temperature in ((1.0, 0.0), (3.0, 1.0)):
         out = pipe.sample(
             list(colours), seeds=[0, 1, 2, 3], guidance=Guidance(s), temperature=temperature

@@ -82,8 +82,13 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """The caption tokenizer."""
+    """How captions become conditions.
 
+    With ``bpe`` a vocabulary is learned from the training captions. With ``classes`` each distinct caption is a
+    class, of length 1, and the other keys have no meaning.
+    """
+
+    kind: Literal["bpe", "classes"] = "bpe"
     vocabulary: int = 2048
     length: int = 32  # tokens of the prefix
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from models import TextToImage, TextTokenizer, TokenTransformer, TokenTransformerConfig
+from models import ClassLabels, TextToImage, TextTokenizer, TokenTransformer, TokenTransformerConfig
+from models.labels import PromptEncoder
 from tokenizers_vq import (
     AdversarialLoss,
     VQTokenizer,
@@ -87,7 +88,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
         )
     # all that can be refused is refused before the folder is claimed and the first step taken
     tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
-    text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
+    text: PromptEncoder
+    if recipe.text.kind == "classes":
+        text = ClassLabels(sorted(set(data.captions)))
+    else:
+        text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
     model_config = _model_config(recipe, tokenizer_config, text)
     _claim_folder(recipe, _fingerprint(data), out, resume)
 
@@ -259,7 +264,7 @@ def evaluate_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> tuple[dict[str
 
 
 def _model_config(
-    recipe: Recipe, tokenizer: VQTokenizerConfig, text: TextTokenizer
+    recipe: Recipe, tokenizer: VQTokenizerConfig, text: PromptEncoder
 ) -> TokenTransformerConfig:
     settings = recipe.model
     return TokenTransformerConfig(
@@ -276,14 +281,15 @@ def _model_config(
 
 def _codes(
     tokenizer: VQTokenizer,
-    text: TextTokenizer,
+    text: PromptEncoder,
     images: ImageSet,
     file: Path,
     recipe: ModelRecipe,
     crops: int,
 ) -> TensorDataset:
     """Image tokens and text tokens of a data set, made once and kept with a mark of what made them."""
-    mark = _mark(tokenizer, text, images, crops, recipe.shift)
+    captions = text.encode(images.captions).repeat(crops, 1)
+    mark = _mark(tokenizer, images, captions, recipe.shift)
     if file.exists():
         with safe_open(file, framework="pt") as handle:
             if (handle.metadata() or {}).get("made_from") == mark:
@@ -294,7 +300,6 @@ def _codes(
         for batch in images.images.split(64):
             shift = recipe.shift if crop else 0
             ids.append(tokenizer.encode(shifted(to_float(batch), shift, generator)).flatten(1))
-    captions = text.encode(images.captions).repeat(crops, 1)
     tensors = {"ids": torch.cat(ids), "text": captions}
     write_atomically(tensors, file, {"made_from": mark})
     return TensorDataset(tensors["ids"], captions)
@@ -318,14 +323,11 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return torch.stack(moved)
 
 
-def _mark(
-    tokenizer: VQTokenizer, text: TextTokenizer, images: ImageSet, crops: int, shift: int
-) -> str:
-    """A hash of the tokenizers, the data and how it is encoded: stale codes are not used."""
-    digest = hashlib.sha256(f"{text.bpe.to_str()} {text.length} {crops} {shift}".encode())
-    for tensor in (*tokenizer.state_dict().values(), images.images):
+def _mark(tokenizer: VQTokenizer, images: ImageSet, captions: Tensor, shift: int) -> str:
+    """A hash of the tokenizer, the data and how it is encoded: stale codes are not used."""
+    digest = hashlib.sha256(f"shift {shift}".encode())
+    for tensor in (*tokenizer.state_dict().values(), images.images, captions):
         digest.update(tensor.numpy().tobytes())
-    digest.update("\n".join(images.captions).encode())
     return digest.hexdigest()
 
 
@@ -339,7 +341,7 @@ def _train_model(
     recipe: Recipe,
     config: TokenTransformerConfig,
     tokenizer: VQTokenizer,
-    text: TextTokenizer,
+    text: PromptEncoder,
     codes: list[TensorDataset],
     prompts: list[str],
     out: Path,
