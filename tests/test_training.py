@@ -238,6 +238,22 @@ def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # the limit was the child's own
 
 
+def test_writing_ends_in_one_rename(tmp_path, monkeypatch):
+    """Nothing touches the old file before the new one is complete beside it."""
+    file = tmp_path / "weights.safetensors"
+    write_atomically({"x": torch.ones(4)}, file, {})
+
+    def refuse(source, target):
+        assert load_file(source)["x"].tolist() == [2.0] * 4 and target == file
+        raise OSError("renaming failed")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"could not write .*renaming failed"):
+        write_atomically({"x": torch.full((4,), 2.0)}, file, {})
+    assert load_file(file)["x"].tolist() == [1.0] * 4
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
 # encodings
 
 
