@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -122,7 +121,7 @@ class TextToImage:
         top_p: float | None = None,
         callback: Callable[[TokenStep], None] | None = None,
     ) -> Tensor:
-        """Like calling the pipeline, but returns tensors: images (B, 3, H, W) in [-1, 1]."""
+        """Like calling the pipeline, same arguments, but returns images (B, 3, H, W) in [-1, 1]."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
         ids = sample_autoregressive(
@@ -139,27 +138,48 @@ class TextToImage:
         return self.tokenizer.decode(ids.view(-1, side, side))
 
     def __call__(
-        self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        guidance: Guidance | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        callback: Callable[[TokenStep], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one image a prompt.
 
         Args:
             prompts: B texts; one that is too long is cut, with a warning.
             seeds: B ints; the same seed gives the same image in a batch of any size.
-            **options: ``guidance``, ``temperature``, ``top_k``, ``top_p`` and ``callback``, as in
-                :func:`unicfg.sample_autoregressive`.
+            guidance: scale and schedule; None is ``Guidance(1.0)``.
+            temperature: divides the guided logits; 0 takes the most likely token.
+            top_k: keep the k most likely tokens, after guidance.
+            top_p: keep the most likely tokens up to this probability, after guidance.
+            callback: called after each token, see :class:`unicfg.sampling.TokenStep`.
 
         Returns:
             B images.
 
         Raises:
             ValueError: if prompts and seeds differ in number, or an option is out of range.
+            FloatingPointError: if the model's outputs leave no token to draw.
 
         Example:
             >>> pipe = TextToImage.from_pretrained("shapes")
             >>> images = pipe(["a red circle"], guidance=Guidance(3.0), seeds=[0])
         """
-        return to_images(self.sample(prompts, seeds=seeds, **options))
+        images = self.sample(
+            prompts,
+            seeds=seeds,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            callback=callback,
+        )
+        return to_images(images)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
         """Write the pipeline; other families that are already in the folder stay.
