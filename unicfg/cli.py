@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from models import TextToImage
 from unicfg.guidance import Guidance
 from unicfg.pictures import check_picture_name, grid, save_picture
-from unicfg.sampling import TokenFilter
+from unicfg.sampling import TokenFilter, TokenStep
 
 app = typer.Typer(
     add_completion=False,
@@ -84,6 +84,10 @@ def generate(
     total = len(guidances) * -(-len(jobs) // BATCH) * pipe.network.num_tokens
     columns: list[list[Image.Image]] = []
     with tqdm(total=total, desc="drawing", unit="token") as bar:
+
+        def advance(step: TokenStep) -> None:
+            bar.update()
+
         for guidance in guidances:
             column: list[Image.Image] = []
             for start in range(0, len(jobs), BATCH):
@@ -95,7 +99,7 @@ def generate(
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
-                    callback=lambda _: bar.update(),
+                    callback=advance,
                 )
             columns.append(column)
     picture = _arrange(texts, values, columns, n, seed)
