@@ -43,7 +43,7 @@ def train(
     try:
         run(settings, resume=resume)
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     print(f"the pipeline is in {settings.out}: unicfg generate PROMPT --weights {settings.out}")
 
