@@ -25,7 +25,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/autoregressive.py --out benchmarks/results
+	$(BIN)/python benchmarks/autoregressive.py --rounds 7 --out benchmarks/results
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +13,26 @@ import time
 import pytest
 import torch
 import yaml
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from models import TextToImage
+from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import write_atomically
 from unicfg import Guidance
 from unicfg.training.checkpoint import Checkpoints
 from unicfg.training.data import ImageSet
 from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
 from unicfg.training.recipe import ModelRecipe, Optimization, Recipe, load_recipe
-from unicfg.training.trainer import load_data, shifted, train
+from unicfg.training.trainer import (
+    _tokenizer_config,
+    _TokenizerLoss,
+    load_data,
+    shifted,
+    train,
+)
 
 TINY = {
     "data": {"source": "shapes", "image_size": 16, "count": 40, "validation": 0.2},
@@ -312,6 +321,43 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         for f in (tmp_path / "whole", out)
     ]
     assert losses[0] == losses[1]
+
+
+def test_learned_codebook_and_critic_resume_too(tmp_path):
+    """The other options of the tokenizer through the whole trainer: bit-equal after losing the end."""
+    options = {"quantizer": "vq", "codebook_size": 32, "adversarial": 0.1}
+    states = []
+    for name in ("whole", "cut"):
+        values = tiny_recipe(tmp_path / name, steps=6)
+        values["tokenizer"] |= options
+        recipe = load_recipe(write_recipe(tmp_path, values))
+        train(recipe)
+        if name == "cut":
+            folder = tmp_path / name / "logs/tokenizer/checkpoints"
+            (folder / "step-00000006.safetensors").unlink()
+            for part in ("tokenizer", "ar"):
+                (tmp_path / name / part / "model.safetensors").unlink()
+            shutil.rmtree(tmp_path / name / "logs/ar")
+            train(recipe, resume=True)
+        checkpoint = tmp_path / name / "logs/tokenizer/checkpoints/step-00000006.safetensors"
+        states.append(load_file(checkpoint) | load_file(tmp_path / name / "ar/model.safetensors"))
+    whole, cut = states
+    critics = [k for k in whole if k.startswith("model/adversarial")]
+    assert critics and whole.keys() == cut.keys()
+    assert [k for k in whole if not torch.equal(whole[k], cut[k])] == []
+    start = dict(tiny_critic(tmp_path).named_parameters())
+    moved = [k for k in critics if not torch.equal(whole[k], start[k.removeprefix("model/")])]
+    assert moved == critics  # the critic was trained
+
+
+def tiny_critic(folder):
+    """The tokenizer with its losses as the trainer makes it, before the first step."""
+    values = tiny_recipe(folder / "start")
+    values["tokenizer"] |= {"quantizer": "vq", "codebook_size": 32, "adversarial": 0.1}
+    recipe = load_recipe(write_recipe(folder, values))
+    set_seed(recipe.tokenizer.training.seed)
+    config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
+    return _TokenizerLoss(VQTokenizer(config), recipe.tokenizer)
 
 
 def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from unicfg.training.checkpoint import Checkpoints, restore_training_state, training_state
-from unicfg.training.recipe import Optimization
+from unicfg.training.recipe import LOGGING_SETTINGS, Optimization
 
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
 """(module, batch, step) -> scalar loss."""
@@ -224,8 +224,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 def _check_settings(made_with: dict[str, Any], settings: Optimization, folder: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    free = {"log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
-    changed = [k for k in now if k not in free and now[k] != made_with.get(k)]
+    changed = [k for k in now if k not in LOGGING_SETTINGS and now[k] != made_with.get(k)]
     if changed:
         raise ValueError(
             f"cannot resume {folder}: {changed} were {[made_with.get(k) for k in changed]}, "

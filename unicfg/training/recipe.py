@@ -14,6 +14,9 @@ from typing import Any, Literal
 import dacite
 import yaml
 
+# what may differ when a run is resumed: it changes no number of the training
+LOGGING_SETTINGS = {"log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
+
 
 @dataclass(frozen=True)
 class DataRecipe:

@@ -42,20 +42,18 @@ from unicfg.pictures import grid, save_picture
 from unicfg.training.data import ImageSet, read_folder
 from unicfg.training.dropout import ConditionDropout
 from unicfg.training.optimize import fit
-from unicfg.training.recipe import DataRecipe, ModelRecipe, Recipe, TokenizerRecipe
+from unicfg.training.recipe import (
+    LOGGING_SETTINGS,
+    DataRecipe,
+    ModelRecipe,
+    Recipe,
+    TokenizerRecipe,
+)
 from unicfg.training.shapes import make_shapes
 
 SAMPLE_SCALES = (1.0, 3.0)
 SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
-# what may differ when a run is resumed: it changes no number of the training
-FREE_SETTINGS = {
-    "out",
-    "prompts",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
+FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts"}  # may differ when a run is resumed
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
