@@ -12,12 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
-from unicfg.sampling.randomness import check_seeds, uniform_per_sample
+from unicfg.sampling.branches import (
+    branch_conditions,
+    check_guidance,
+    combine,
+    needed_branches,
+    network_and_null,
+    progress_at,
+)
+from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.tokens import TokenFilter, draw
-from unicfg.training.dropout import ConditionDropout, expand_null
+from unicfg.training.dropout import ConditionDropout
 
 
 class Cache(Protocol):
@@ -107,103 +115,68 @@ def sample_autoregressive(
     Example:
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
-    network, uncond = _network_and_null(model, uncond)
-    guidance = Guidance(1.0) if guidance is None else guidance
-    if not isinstance(guidance, Guidance):
-        raise TypeError(f"guidance is {guidance!r}, expected a Guidance, as in Guidance(3.0)")
+    network, uncond = network_and_null(model, uncond)
+    guidance = check_guidance(guidance)
     choose = TokenFilter(temperature, top_k, top_p)
     batch, total = len(cond), network.num_tokens
-    noise = uniform_per_sample(check_seeds(seeds, batch), (total,)).to(cond.device)
+    noise = uniform(generators(check_seeds(seeds, batch)), (total,)).to(cond.device)
 
-    branches = _Branches(network, cond, uncond, _needed(guidance, total, batch))
+    progresses = [progress_at(index, total) for index in range(total)]
+    needed = needed_branches(guidance, progresses, batch)
+    branches = CachedBranches(network, branch_conditions(cond, uncond, needed), batch)
     ids = cond.new_empty((batch, 0), dtype=torch.long)
-    for index in range(total):
-        progress = _progress(index, total)
-        cond_out, uncond_out = branches(ids, guidance.branches_at(progress))
-        guided = guidance.combine(progress, cond_out, uncond_out)
-        _check_finite(guided, {"cond": cond_out, "uncond": uncond_out}, index)
-        token = draw(choose(guided), noise[:, index])
-        ids = torch.cat([ids, token[:, None]], dim=1)
+    for index, progress in enumerate(progresses):
+        outputs = branches(ids, guidance.branches_at(progress))
+        guided = combine(guidance, progress, *outputs, f"token {index}")
+        probabilities = choose(_drawable(guided.out, index))
+        ids = torch.cat([ids, draw(probabilities, noise[:, index])[:, None]], dim=1)
         if callback is not None:
-            scale = guidance.scale_at(progress)
-            callback(TokenStep(index, progress, scale, ids, guided, cond_out, uncond_out))
+            callback(
+                TokenStep(
+                    index,
+                    progress,
+                    guided.scale,
+                    ids,
+                    guided.out,
+                    guided.cond_out,
+                    guided.uncond_out,
+                )
+            )
     return ids
 
 
-def _progress(index: int, total: int) -> float:
-    return index / max(total - 1, 1)
-
-
-def _needed(guidance: Guidance, total: int, batch: int) -> set[str]:
-    """Every branch that some step will need; checks every scale before the first step."""
-    needed: set[str] = set()
-    for index in range(total):
-        scale = guidance.scale_at(_progress(index, total))
-        if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) not in (1, batch):
-            raise ValueError(
-                f"the scale has {len(scale)} values for a batch of {batch}, expected one each"
-            )
-        needed.update(guidance.branches_at(_progress(index, total)))
-    return needed
-
-
-def _check_finite(guided: Tensor, outputs: dict[str, Tensor | None], index: int) -> None:
-    """Stop at the first token that cannot be drawn.
+def _drawable(logits: Tensor, index: int) -> Tensor:
+    """The logits (B, V), if there is a token to draw in every row.
 
     Raises:
-        FloatingPointError: if a row of the guided logits holds NaN or +inf, or is masked throughout.
+        FloatingPointError: if a row is masked throughout.
     """
-    if bool(torch.isfinite(guided.amax(-1)).all()):
-        return
-    broken = [
-        k for k, v in outputs.items() if v is not None and bool((v.isnan() | v.isposinf()).any())
-    ]
-    raise FloatingPointError(
-        f"no token {index} can be drawn: the guided logits hold NaN or +inf, or mask every token; "
-        f"NaN or +inf came from the branches {broken}"
-    )
+    if bool(logits.amax(-1).isneginf().any()):
+        raise FloatingPointError(f"no token {index} can be drawn: the guided logits mask every one")
+    return logits
 
 
-def _network_and_null(
-    model: ConditionDropout | AutoregressiveModel, uncond: Tensor | None
-) -> tuple[Any, Tensor | None]:
-    """The bare network in eval mode, and the null condition that goes with it."""
-    network: Any = model
-    if isinstance(model, ConditionDropout):
-        network = model.model
-        null = model.null_condition
-        if uncond is None and isinstance(null, Tensor):
-            uncond = null
-    if isinstance(network, nn.Module) and network.training:
-        raise ValueError("model is in training mode, expected model.eval() before sampling")
-    return network, uncond
+class CachedBranches:
+    """The rows of a guided decode step: one cache for [cond; uncond], and a view of it for each branch.
 
+    Args:
+        network: with ``make_cache``, ``prefill`` and ``decode``.
+        conditions: of each branch that some step needs, in row order, (B, T) or (1, T).
+        batch: B.
+    """
 
-class _Branches:
-    """The rows of a guided pass, [cond; uncond] in that order: the one place that knows it."""
-
-    def __init__(self, network: Any, cond: Tensor, uncond: Tensor | None, needed: set[str]) -> None:
-        batch = len(cond)
-        conditions = {"cond": cond}
-        if "uncond" in needed:
-            if uncond is None:
-                raise ValueError(
-                    "guidance needs an unconditional branch: expected a ConditionDropout with a "
-                    "tensor as null condition, or uncond=, the null condition of the training"
-                )
-            conditions["uncond"] = _check_uncond(uncond, cond)
-        names = [name for name in ("cond", "uncond") if name in needed]
+    def __init__(self, network: Any, conditions: dict[str, Tensor], batch: int) -> None:
         self.network = network
         self.batch = batch
-        self.joint: Cache = network.make_cache(batch * len(names))
+        self.joint: Cache = network.make_cache(batch * len(conditions))
         self.caches: dict[str, Cache] = {}
-        for i, name in enumerate(names):
+        for i, (name, rows) in enumerate(conditions.items()):
             cache = self.joint.rows(i * batch, (i + 1) * batch)
-            network.prefill(conditions[name], cache)
+            network.prefill(rows, cache)
             self.caches[name] = cache
 
     def __call__(self, ids: Tensor, needed: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of the next token in each needed branch, None in the others."""
+        """Output for the next token in each needed branch, None in the others."""
         lengths = {self.caches[name].length for name in needed}
         if len(needed) == 2 and len(lengths) == 1:
             return self._together(ids, lengths.pop())
@@ -216,14 +189,3 @@ class _Branches:
         for cache in self.caches.values():
             cache.length = self.joint.length
         return logits[: self.batch], logits[self.batch :]
-
-
-def _check_uncond(uncond: Tensor, cond: Tensor) -> Tensor:
-    """The null condition as (1, T), or one negative condition a sample as (B, T)."""
-    if uncond.shape not in (cond.shape, cond.shape[1:]):
-        raise ValueError(
-            f"uncond has shape {tuple(uncond.shape)}, expected {tuple(cond.shape[1:])} "
-            f"or {tuple(cond.shape)}"
-        )
-    rows = uncond if uncond.shape == cond.shape else expand_null(uncond, 1)
-    return rows.to(cond.device)

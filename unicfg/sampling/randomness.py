@@ -38,10 +38,18 @@ def _check_seed(seed: object) -> int:
     return number
 
 
-def uniform_per_sample(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers in [0, 1), float64 (B, *shape) on the CPU; row i depends on ``seeds[i]`` alone."""
-    rows = [
-        torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
-    return torch.stack(rows)
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator a sample, on the CPU: what they give is the same on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def normal(sources: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32 (B, *shape) on the CPU; row i is drawn from ``sources[i]``."""
+    return torch.stack([torch.randn(shape, generator=source) for source in sources])
+
+
+def uniform(sources: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [0, 1), float64 (B, *shape) on the CPU; row i is drawn from ``sources[i]``."""
+    return torch.stack(
+        [torch.rand(shape, generator=source, dtype=torch.float64) for source in sources]
+    )

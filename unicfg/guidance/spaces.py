@@ -1,0 +1,130 @@
+"""The coordinates that a denoiser predicts in, and the way between them.
+
+With x_t = alpha * x0 + sigma * eps, a prediction in any space fixes both x0 and eps:
+
+    eps    the noise                               Ho et al., arXiv 2006.11239, equation 11
+    x0     the clean sample
+    v      alpha * eps - sigma * x0                Salimans and Ho, arXiv 2202.00512, appendix D
+    flow   eps - x0, the velocity of a straight path   Lipman et al., arXiv 2210.02747, equation 23, time reversed
+    score  -eps / sigma                            Song et al., arXiv 2011.13456, section 2
+
+All of these are affine in one another for a fixed x_t. The weights of plain guidance sum to 1, so it gives the same
+sample in each of them; what is done to the guided output afterwards does not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Space = Literal["eps", "x0", "v", "flow", "score"]
+SPACES: tuple[Space, ...] = get_args(Space)
+
+
+def check_space(space: str) -> Space:
+    """The space, if there is one of this name.
+
+    Raises:
+        ValueError: if not.
+    """
+    for known in SPACES:
+        if space == known:
+            return known
+    raise ValueError(f"space is {space!r}, expected one of {', '.join(SPACES)}")
+
+
+def split(
+    out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, space: Space
+) -> tuple[Tensor, Tensor]:
+    """The clean sample and the noise that a prediction stands for.
+
+    Args:
+        out: a prediction (B, ...).
+        x: the noisy sample x_t (B, ...) it was made for.
+        alpha: share of the clean sample; a 0-d tensor, or one that broadcasts to x.
+        sigma: share of the noise, likewise.
+        space: of ``out``.
+
+    Returns:
+        x0 and eps, (B, ...) each, with alpha * x0 + sigma * eps = x.
+
+    Raises:
+        ValueError: if the space is unknown, or cannot be left at this noise level: eps and score where alpha is 0,
+            x0 where sigma is 0.
+    """
+    check_space(space)
+    if space == "score":
+        out, space = -sigma * out, "eps"
+    if space == "eps":
+        _refuse_zero(alpha, "alpha", space)
+        return (x - sigma * out) / alpha, out
+    if space == "x0":
+        _refuse_zero(sigma, "sigma", space)
+        return out, (x - alpha * out) / sigma
+    if space == "v":
+        norm = alpha.square() + sigma.square()
+        return (alpha * x - sigma * out) / norm, (sigma * x + alpha * out) / norm
+    total = alpha + sigma
+    return (x - sigma * out) / total, (x + alpha * out) / total
+
+
+def join(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, space: Space) -> Tensor:
+    """What a perfect prediction of x0 and eps would be in a space: the target of training.
+
+    Args:
+        x0: clean samples (B, ...).
+        eps: noise (B, ...).
+        alpha: a 0-d tensor, or one that broadcasts to x0.
+        sigma: likewise.
+        space: of the result.
+
+    Raises:
+        ValueError: if the space is unknown, or is score and sigma is 0.
+    """
+    check_space(space)
+    if space == "eps":
+        return eps
+    if space == "x0":
+        return x0
+    if space == "v":
+        return alpha * eps - sigma * x0
+    if space == "flow":
+        return eps - x0
+    _refuse_zero(sigma, "sigma", space)
+    return -eps / sigma
+
+
+def convert(
+    out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: Space, target: Space
+) -> Tensor:
+    """A prediction made in one space, in the coordinates of another.
+
+    Args:
+        out: a prediction (B, ...) in ``source``.
+        x: the noisy sample (B, ...).
+        alpha: see :func:`split`.
+        sigma: see :func:`split`.
+        source: the space of ``out``.
+        target: the space of the result.
+
+    Raises:
+        ValueError: see :func:`split` and :func:`join`.
+    """
+    if check_space(source) == check_space(target):
+        return out
+    return join(*split(out, x, alpha, sigma, source), alpha, sigma, target)
+
+
+def _refuse_zero(value: Tensor, name: str, space: Space) -> None:
+    if bool((value == 0).any()):
+        raise ValueError(
+            f"{name} is 0, where the space {space!r} says nothing about the other half of x_t: "
+            "expected v or flow, or a path that does not reach this noise level"
+        )
+
+
+def as_scale(value: float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor of the dtype and device of another."""
+    return torch.tensor(value, dtype=like.dtype, device=like.device)
