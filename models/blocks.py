@@ -1,4 +1,4 @@
-"""The building blocks that every family shares: one attention, one feed-forward, one cache."""
+"""The building blocks that every family shares: one attention, one feed-forward, one time embedding, one cache."""
 
 from __future__ import annotations
 
@@ -45,26 +45,107 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, heads, tokens, D / heads) of x (B, tokens, D)."""
-        b, n, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, tokens, D / heads) of normed tokens (B, tokens, D)."""
+        b, n, d = normed.shape
+        qkv = self.qkv(normed).view(b, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, modulation: Modulation | None = None) -> Tensor:
         """Apply the block to x (B, tokens, D).
 
         Args:
             x: (B, tokens, D).
             attend: attention of queries, keys and values of these tokens, (B, heads, tokens, D / heads) each;
                 the caller's function adds what lies outside of x: a prefix, a cache, a mask.
+            modulation: of both halves, in a network that is told the time.
         """
-        q, k, v = self.project(x)
-        mixed = attend(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = x + F.dropout(self.out(mixed), self.dropout, self.training)
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
-        return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+        first, second = modulation if modulation is not None else (None, None)
+        q, k, v = self.project(modulate(self.norm1(x), first))
+        mixed = self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+        x = x + F.dropout(gate(mixed, first), self.dropout, self.training)
+        weight, up = self.gate_up(modulate(self.norm2(x), second)).chunk(2, dim=-1)
+        fed = self.down(F.silu(weight) * up)
+        return x + F.dropout(gate(fed, second), self.dropout, self.training)
+
+
+class AdaLN(NamedTuple):
+    """What a time step does to one half of a block: (B, 1, D) each, or any shape that broadcasts.
+
+    Attributes:
+        shift: added to the normed input.
+        factor: multiplies it before that.
+        gate: multiplies the output.
+    """
+
+    shift: Tensor
+    factor: Tensor
+    gate: Tensor
+
+
+Modulation = tuple[AdaLN, AdaLN]
+
+
+def modulate(x: Tensor, by: AdaLN | None) -> Tensor:
+    """Scale and shift x (B, tokens, D); the gate comes after the sublayer."""
+    return x if by is None else torch.addcmul(by.shift, x, by.factor)
+
+
+def gate(x: Tensor, by: AdaLN | None) -> Tensor:
+    """Weigh the output of a sublayer."""
+    return x if by is None else by.gate * x
+
+
+class AdaLNZero(nn.Module):
+    """Shift, scale and gate from an embedding of the time; all zero at first, so that a block starts as the identity.
+
+    Peebles and Xie, arXiv 2212.09748, section 3.2, "adaLN-Zero block".
+
+    Args:
+        width: D.
+        halves: sublayers to modulate.
+    """
+
+    def __init__(self, width: int, halves: int) -> None:
+        super().__init__()
+        self.halves = halves
+        self.linear = nn.Linear(width, 3 * halves * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, embedding: Tensor) -> list[AdaLN]:
+        """Embedding (..., D) -> one modulation a half, (..., D) each."""
+        parts = self.linear(F.silu(embedding)).chunk(3 * self.halves, dim=-1)
+        return [
+            AdaLN(parts[3 * i], 1 + parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.halves)
+        ]
+
+
+class TimeEmbedding(nn.Module):
+    """Time t in [0, 1] as a vector: sines and cosines of many frequencies, then two layers.
+
+    Shape: (B,) -> (B, D).
+
+    Args:
+        width: D.
+        frequencies: half the number of features, spaced geometrically between 1 and 1000 radians.
+    """
+
+    def __init__(self, width: int, frequencies: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies), persistent=False)
+        self.net = nn.Sequential(
+            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed."""
+        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
+        angles = t.float()[..., None] * frequencies.float()
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedded: Tensor = self.net(features.to(self.net[0].weight.dtype))  # type: ignore[arg-type]
+        return embedded
 
 
 class Prefix(nn.Module):
@@ -99,21 +180,33 @@ class Prefix(nn.Module):
         return embedded + self.position
 
 
-def prefix_keys_values(blocks: nn.ModuleList, x: Tensor) -> list[KeyValue]:
-    """Keys and values of a prefix in every layer, one entry a block.
+@dataclass(frozen=True)
+class EncodedCondition:
+    """Keys and values of a condition in every layer: what a network needs to know of it in each step.
 
-    The prefix attends only to itself and to no time step, so these are valid for the whole of a sampling,
-    whatever family it is. The last block's output is never used and not computed.
+    The prefix attends only to itself and to no time step, so these are valid for the whole of a sampling, whatever
+    family it is.
 
-    Args:
-        blocks: the transformer's blocks.
-        x: embedded prefix (B, T, D).
+    Attributes:
+        layers: one entry a block, R rows each.
     """
-    result = []
+
+    layers: tuple[KeyValue, ...]
+
+    def rows(self, start: int, stop: int) -> EncodedCondition:
+        """The rows from ``start`` up to ``stop``: the same memory."""
+        return EncodedCondition(
+            tuple(KeyValue(k[start:stop], v[start:stop]) for k, v in self.layers)
+        )
+
+
+def encode_prefix(blocks: nn.ModuleList, x: Tensor) -> EncodedCondition:
+    """Run an embedded prefix (B, T, D) through the blocks; the last one's output is not needed and not computed."""
+    layers = []
     for i, block in enumerate(blocks):
         assert isinstance(block, Block)
         if i + 1 == len(blocks):
-            _, k, v = block.project(x)
+            _, k, v = block.project(block.norm1(x))
         else:
             held: list[KeyValue] = []
 
@@ -123,8 +216,8 @@ def prefix_keys_values(blocks: nn.ModuleList, x: Tensor) -> list[KeyValue]:
 
             x = block(x, attend)
             k, v = held[0]
-        result.append(KeyValue(k, v))
-    return result
+        layers.append(KeyValue(k, v))
+    return EncodedCondition(tuple(layers))
 
 
 @dataclass
@@ -153,9 +246,9 @@ class KVCache:
         keys, values = self.keys[:, start:stop], self.values[:, start:stop]
         return KVCache(keys, values, self.prefix, self.length, self.network)
 
-    def store_prefix(self, prefix: list[KeyValue]) -> None:
+    def store_prefix(self, condition: EncodedCondition) -> None:
         """Fill in the prefix; one row serves all rows."""
-        for layer, (key, value) in enumerate(prefix):
+        for layer, (key, value) in enumerate(condition.layers):
             self.keys[layer, :, :, : self.prefix] = key
             self.values[layer, :, :, : self.prefix] = value
 

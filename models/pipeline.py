@@ -6,14 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
+from models.denoiser import LatentDenoiser
+from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
-from models.token_transformer import TokenTransformer
+from models.token_transformer import MaskedTransformer, TokenTransformer
 from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import (
     FORMAT_VERSION,
@@ -25,12 +30,33 @@ from tokenizers_vq.hub import (
     write_atomically,
     write_text_atomically,
 )
-from tokenizers_vq.images import to_images
+from tokenizers_vq.images import from_image, to_images
 from unicfg.guidance import Guidance
-from unicfg.sampling import TokenStep, sample_autoregressive
+from unicfg.sampling import (
+    sample_autoregressive,
+    sample_diffusion,
+    sample_hybrid,
+    sample_masked,
+)
 from unicfg.training.dropout import ConditionDropout
 
-MODEL_CLASSES: dict[str, type[TokenTransformer]] = {"ar": TokenTransformer}
+Network = TokenTransformer | MaskedTransformer | LatentDenoiser | HybridTransformer
+MODEL_CLASSES: dict[str, type[Network]] = {
+    "ar": TokenTransformer,
+    "masked": MaskedTransformer,
+    "diffusion": LatentDenoiser,
+    "flow": LatentDenoiser,
+    "hybrid": HybridTransformer,
+}
+# what each family can be told beyond seeds, guidance and callback
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ar": ("temperature", "top_k", "top_p"),
+    "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "init_image", "mask"),
+    "diffusion": ("steps", "solver", "scheduler", "init_image", "mask"),
+    "flow": ("steps", "solver", "scheduler", "init_image", "mask"),
+    "hybrid": ("steps", "solver", "temperature"),
+}
+STEPS = {"masked": 12, "diffusion": 30, "flow": 30, "hybrid": 20}  # unless told otherwise
 DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
@@ -59,18 +85,14 @@ class TextToImage:
         family: str = "ar",
     ) -> None:
         if family not in MODEL_CLASSES:
-            raise ValueError(f"family is {family!r}, expected one of {sorted(MODEL_CLASSES)}")
+            raise ValueError(f"family is {family!r}, expected one of {', '.join(MODEL_CLASSES)}")
         network = model.model
         if not isinstance(network, MODEL_CLASSES[family]):
             raise ValueError(
                 f"model is a {type(network).__name__}, the family {family!r} expects a "
                 f"{MODEL_CLASSES[family].__name__}"
             )
-        if network.config.codebook_size != tokenizer.codebook_size:
-            raise ValueError(
-                f"the model has {network.config.codebook_size} tokens and the tokenizer "
-                f"{tokenizer.codebook_size}: they were not trained together"
-            )
+        _check_encoding(network, tokenizer)
         if network.config.condition_length != text.length:
             raise ValueError(
                 f"the model takes {network.config.condition_length} text tokens and the text "
@@ -89,10 +111,10 @@ class TextToImage:
         self.model = model.eval()
 
     @property
-    def network(self) -> TokenTransformer:
+    def network(self) -> Network:
         """The bare model, without its dropout wrapper."""
         network = self.model.model
-        assert isinstance(network, TokenTransformer)
+        assert isinstance(network, Network)
         return network
 
     @property
@@ -116,26 +138,101 @@ class TextToImage:
         *,
         seeds: Sequence[int],
         guidance: Guidance | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        scheduler: Any | None = None,
+        reveal: str | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        callback: Callable[[TokenStep], None] | None = None,
+        init_image: Image.Image | Tensor | None = None,
+        mask: Image.Image | Tensor | None = None,
+        callback: Callable[[Any], None] | None = None,
     ) -> Tensor:
         """Like calling the pipeline, same arguments, but returns images (B, 3, H, W) in [-1, 1]."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
-        ids = sample_autoregressive(
-            self.model,
-            self.encode_prompts(prompts),
-            seeds=seeds,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            callback=callback,
+        options: dict[str, Any] = {
+            "steps": steps,
+            "solver": solver,
+            "scheduler": scheduler,
+            "reveal": reveal,
+            "temperature": None if temperature == 1.0 else temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "init_image": init_image,
+            "mask": mask,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, value in given.items():
+            if name not in OPTIONS[self.family]:
+                raise ValueError(
+                    f"{name} is {value!r}, which the family {self.family} does not have; "
+                    f"its options are {', '.join(OPTIONS[self.family])}"
+                )
+        known: dict[str, Any] = self._known_region(
+            given.pop("init_image", None), given.pop("mask", None)
         )
+        shared: dict[str, Any] = {"seeds": seeds, "guidance": guidance, "callback": callback}
+        cond = self.encode_prompts(prompts)
+        if self.family == "ar":
+            ids = sample_autoregressive(self.model, cond, **shared, **given)
+            return self.tokenizer.decode(self._as_grid(ids))
+        if self.family == "masked":
+            ids = sample_masked(self.model, cond, **shared, **known, **given)
+            return self.tokenizer.decode(self._as_grid(ids))
+        given = {"steps": STEPS[self.family]} | given
+        if self.family == "hybrid":
+            tokens = sample_hybrid(self.model, cond, **shared, **given)
+            latents = self._as_grid(tokens).permute(0, 3, 1, 2)
+        else:
+            given = given if "scheduler" in given else {"solver": "dpmpp_2m"} | given
+            latents = sample_diffusion(self.model, cond, **shared, **known, **given)
+        return self.tokenizer.decode_latents(latents)
+
+    def num_steps(self, steps: int | None = None) -> int:
+        """How often a callback is called for one batch.
+
+        Args:
+            steps: as given to the call.
+        """
+        if self.family in ("ar", "hybrid"):
+            return self.network.config.grid**2
+        return STEPS[self.family] if steps is None else steps
+
+    def _as_grid(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, ...) in raster order as (B, h, w, ...)."""
         side = self.network.config.grid
-        return self.tokenizer.decode(ids.view(-1, side, side))
+        return tokens.unflatten(1, (side, side))
+
+    def _known_region(
+        self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None
+    ) -> dict[str, Any]:
+        """The samplers' ``init`` and ``mask`` for an image and a mask in pixels."""
+        if image is None and mask is None:
+            return {}
+        if image is None or mask is None:
+            missing = "init_image" if image is None else "mask"
+            raise ValueError(f"{missing} is None, expected both init_image and mask, or neither")
+        size, factor = self.tokenizer.config.image_size, self.tokenizer.config.factor
+        pixels = from_image(image) if isinstance(image, Image.Image) else image
+        pixels = pixels if pixels.ndim == 4 else pixels[None]
+        if pixels.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"init_image has shape {tuple(pixels.shape)}, expected (3, {size}, {size})"
+            )
+        if isinstance(mask, Image.Image):
+            mask = torch.from_numpy(np.array(mask.convert("L"))) >= 128
+        if mask.dtype != torch.bool or mask.shape != (size, size):
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}, "
+                f"expected bool ({size}, {size}), True where to draw anew"
+            )
+        # a token is drawn anew if any of its pixels is to be
+        cells = F.max_pool2d(mask[None, None].float(), factor)[0, 0].bool().to(self.device)
+        pixels = pixels.to(self.device)
+        encode = self.tokenizer.encode if self.family == "masked" else self.tokenizer.encode_latents
+        return {"init": encode(pixels), "mask": cells}
 
     def __call__(
         self,
@@ -143,28 +240,45 @@ class TextToImage:
         *,
         seeds: Sequence[int],
         guidance: Guidance | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        scheduler: Any | None = None,
+        reveal: str | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        callback: Callable[[TokenStep], None] | None = None,
+        init_image: Image.Image | Tensor | None = None,
+        mask: Image.Image | Tensor | None = None,
+        callback: Callable[[Any], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one image a prompt.
+
+        An option that the family does not have is refused, not ignored; ``OPTIONS`` lists them.
 
         Args:
             prompts: B texts; one that is too long is cut, with a warning.
             seeds: B ints; the same seed gives the same image in a batch of any size.
             guidance: scale and schedule; None is ``Guidance(1.0)``.
-            temperature: divides the guided logits; 0 takes the most likely token.
-            top_k: keep the k most likely tokens, after guidance.
-            top_p: keep the most likely tokens up to this probability, after guidance.
-            callback: called after each token, see :class:`unicfg.sampling.TokenStep`.
+            steps: masked: passes over the tokens; diffusion and flow: denoising steps; hybrid: steps of the head for
+                each token. None is ``STEPS`` of the family.
+            solver: diffusion, flow, hybrid: "ddim", "heun" or "dpmpp_2m".
+            scheduler: diffusion, flow: a scheduler of diffusers in place of a solver.
+            reveal: masked: "cosine", "linear", "arccos" or "halton".
+            temperature: ar, masked: divides the guided logits, 0 takes the most likely token; hybrid: multiplies
+                the noise that the head starts from.
+            top_k: ar, masked: keep the k most likely tokens, after guidance.
+            top_p: ar, masked: keep the most likely tokens up to this probability, after guidance.
+            init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
+                a part is drawn anew.
+            mask: which part, bool (H, W), or a picture that is white there.
+            callback: called after each step with that family's step object.
 
         Returns:
             B images.
 
         Raises:
-            ValueError: if prompts and seeds differ in number, or an option is out of range.
-            FloatingPointError: if the model's outputs leave no token to draw.
+            ValueError: if prompts and seeds differ in number, or an option is out of range or not the family's.
+            FloatingPointError: if the model's outputs are not finite, or leave no token to draw.
 
         Example:
             >>> pipe = TextToImage.from_pretrained("shapes")
@@ -174,9 +288,15 @@ class TextToImage:
             prompts,
             seeds=seeds,
             guidance=guidance,
+            steps=steps,
+            solver=solver,
+            scheduler=scheduler,
+            reveal=reveal,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            init_image=init_image,
+            mask=mask,
             callback=callback,
         )
         return to_images(images)
@@ -199,7 +319,7 @@ class TextToImage:
         null_file = folder / self.family / NULL_FILE
         write_atomically({NULL_KEY: null.detach().cpu()}, null_file, {})
         save_part(self.network, folder / self.family, dtype)
-        families = sorted(f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists())
+        families = [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()]
         description = {"format_version": FORMAT_VERSION, "families": families}
         # last, so that what it names is there
         write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
@@ -219,12 +339,11 @@ class TextToImage:
             ValueError: if the folder does not hold the family, or a file does not fit.
         """
         family = family or "ar"
-        folder = find_weights(name)
-        description = read_json(folder / DESCRIPTION)
-        check_format_version(description.get("format_version"))
-        families = description.get("families")
-        if not isinstance(families, list) or family not in families or family not in MODEL_CLASSES:
-            raise ValueError(f"{name} holds the families {families}, not {family!r}")
+        if family not in MODEL_CLASSES:
+            raise ValueError(f"family is {family!r}, expected one of {', '.join(MODEL_CLASSES)}")
+        folder, families = find_weights(name), held_families(name)
+        if family not in families:
+            raise ValueError(f"{name} holds the families {', '.join(families)}, not {family}")
         network = MODEL_CLASSES[family].from_pretrained(folder / family)
         null = load_tensors(folder / family / NULL_FILE)
         if null.keys() != {NULL_KEY}:
@@ -237,6 +356,36 @@ class TextToImage:
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,
         )
+
+
+def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:
+    """Refuse a model and an image tokenizer that do not speak the same language."""
+    pairs = {"tokens a side": (network.config.grid, tokenizer.grid(tokenizer.config.image_size))}
+    if isinstance(network, TokenTransformer | MaskedTransformer):
+        pairs["tokens"] = (network.config.codebook_size, tokenizer.codebook_size)
+    else:
+        pairs["channels"] = (network.config.latent_channels, tokenizer.latent_channels)
+    for what, (model, codec) in pairs.items():
+        if model != codec:
+            raise ValueError(
+                f"the model has {model} {what} and the tokenizer {codec}: "
+                "they were not trained together"
+            )
+
+
+def held_families(name: Path | str) -> list[str]:
+    """The families that a pipeline's folder holds.
+
+    Raises:
+        FileNotFoundError: if there is no such pipeline; says where it was looked for.
+        ValueError: if its description was written by another release, or is damaged.
+    """
+    description = read_json(find_weights(name) / DESCRIPTION)
+    check_format_version(description.get("format_version"))
+    families = description.get("families")
+    if not isinstance(families, list):
+        raise ValueError(f"{name} holds the families {families}, expected a list in {DESCRIPTION}")
+    return families
 
 
 def shipped_weights() -> dict[str, Path]:

@@ -81,7 +81,9 @@ def test_parts_that_do_not_belong_together_are_refused():
     wrong = ConditionDropout(transformer(codebook_size=25), pipe.text.null_condition)
     with pytest.raises(ValueError, match="takes 3 text tokens and the text tokenizer gives 12"):
         TextToImage(pipe.text, wrong, pipe.tokenizer)
-    with pytest.raises(ValueError, match=r"family is 'gan', expected one of \['ar'\]"):
+    with pytest.raises(
+        ValueError, match=r"family is 'gan', expected one of ar, masked, diffusion, flow, hybrid"
+    ):
         TextToImage(pipe.text, pipe.model, pipe.tokenizer, "gan")
     tokenizer = VQTokenizer(VQTokenizerConfig(16, 4, width=16))
     with pytest.raises(

@@ -11,7 +11,7 @@ from torch import nn
 from models import TokenTransformer, TokenTransformerConfig
 from models.packed import PackedLinear, pack
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig
-from unicfg.training.trainer import token_loss
+from unicfg.training.losses import token_loss
 
 
 def ids_and_cond(model, batch=3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,3 +29,8 @@ def to_images(images: Tensor) -> list[Image.Image]:
     """Float images (B, 3, H, W) in [-1, 1], clamped, as RGB pictures."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
+
+
+def from_image(image: Image.Image) -> Tensor:
+    """A picture as float (3, H, W) in [-1, 1]; :func:`to_images` undoes it for RGB pictures."""
+    return to_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))

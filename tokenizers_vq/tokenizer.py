@@ -50,6 +50,11 @@ class VQTokenizerConfig:
         """V, the number of distinct tokens."""
         return math.prod(self.levels) if self.quantizer == "fsq" else self.codebook_size
 
+    @property
+    def latent_channels(self) -> int:
+        """C, the channels of one latent."""
+        return len(self.levels) if self.quantizer == "fsq" else self.codebook_dim
+
 
 class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image-tokenizer"]):
     """Convolutional autoencoder with a quantized bottleneck.
@@ -69,11 +74,10 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
         super().__init__()
         self.config = config
         self.quantizer: FiniteScalarQuantizer | VectorQuantizer
+        channels = config.latent_channels
         if config.quantizer == "fsq":
-            channels = len(config.levels)
             self.quantizer = FiniteScalarQuantizer(config.levels)
         else:
-            channels = config.codebook_dim
             self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim)
         self.encoder = Encoder(config.factor, config.width, config.depth, channels)
         self.decoder = Decoder(config.factor, config.width, config.depth, channels)

@@ -6,7 +6,7 @@ stands in ``unicfg.guidance.core``, the samplers in ``unicfg.sampling``, the tra
 """
 
 from unicfg.guidance import Guidance, guide, scale_from_beta, scale_from_w
-from unicfg.sampling import sample_autoregressive
+from unicfg.sampling import sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
 from unicfg.training import ConditionDropout, drop_condition
 
 __version__ = "0.1.0"
@@ -17,6 +17,9 @@ __all__ = [
     "drop_condition",
     "guide",
     "sample_autoregressive",
+    "sample_diffusion",
+    "sample_hybrid",
+    "sample_masked",
     "scale_from_beta",
     "scale_from_w",
 ]

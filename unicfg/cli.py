@@ -1,9 +1,10 @@
-"""The command line: ``unicfg train RECIPE`` and ``unicfg generate PROMPT``."""
+"""The command line: ``unicfg train RECIPE``, ``unicfg generate PROMPT`` and ``unicfg compare PROMPT``."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from models import TextToImage
+from models.pipeline import MODEL_CLASSES, held_families
+from unicfg.evaluation.comparison import compare as draw_comparison
 from unicfg.guidance import Guidance
 from unicfg.pictures import check_picture_name, grid, save_picture
-from unicfg.sampling import TokenFilter, TokenStep
+from unicfg.sampling import TokenFilter
 
 app = typer.Typer(
     add_completion=False,
@@ -23,15 +26,19 @@ app = typer.Typer(
     help="One guidance for autoregressive and diffusion token models.",
 )
 BATCH = 64  # images drawn at once
-LIST_OPTIONS = ("--scales",)
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; see examples/recipes.")],
+    family: Annotated[
+        str | None, typer.Option(help="ar, masked, diffusion, flow or hybrid, not the recipe's.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
 ) -> None:
     """Train an image tokenizer and a model on captioned images.
+
+    Another family of the same recipe is added to the same folder and takes its tokenizer from there.
 
     Writes checkpoints, metrics.jsonl and sample grids into the folder that the recipe names as out.
     """
@@ -39,13 +46,14 @@ def train(
     from unicfg.training.recipe import load_recipe
     from unicfg.training.trainer import train as run
 
-    settings = load_recipe(recipe)
+    settings = load_recipe(recipe, family)
     try:
         run(settings, resume=resume)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(f"the pipeline is in {settings.out}: unicfg generate PROMPT --weights {settings.out}")
+    command = f"unicfg generate PROMPT --weights {settings.out} --family {settings.model.family}"
+    print(f"the pipeline is in {settings.out}: {command}")
 
 
 @app.command()
@@ -67,9 +75,22 @@ def generate(
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images a prompt.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of the first image; the next has seed + 1.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the sampler; for all families but ar.", min=1)
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="diffusion, flow, hybrid: ddim, heun or dpmpp_2m.")
+    ] = None,
+    reveal: Annotated[
+        str | None, typer.Option(help="masked: cosine, linear, arccos or halton.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    init_image: Annotated[
+        Path | None, typer.Option(help="A picture of which a part is drawn anew.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Which part: a picture, white there.")] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/unicfg.png"),
 ) -> None:
     """Draw images of a prompt, or a grid of several prompts or scales, into one picture."""
@@ -81,11 +102,16 @@ def generate(
     check_picture_name(out)
     pipe = TextToImage.from_pretrained(weights, family)
     jobs = [(text, seed + i) for text in texts for i in range(n)]
-    total = len(guidances) * -(-len(jobs) // BATCH) * pipe.network.num_tokens
+    known = {
+        name: _open_picture(file, pipe.tokenizer.config.image_size)
+        for name, file in (("init_image", init_image), ("mask", mask))
+        if file is not None
+    }
+    total = len(guidances) * -(-len(jobs) // BATCH) * pipe.num_steps(steps)
     columns: list[list[Image.Image]] = []
-    with tqdm(total=total, desc="drawing", unit="token") as bar:
+    with tqdm(total=total, desc="drawing", unit="step") as bar:
 
-        def advance(step: TokenStep) -> None:
+        def advance(step: object) -> None:
             bar.update()
 
         for guidance in guidances:
@@ -96,14 +122,69 @@ def generate(
                     [text for text, _ in chunk],
                     seeds=[number for _, number in chunk],
                     guidance=guidance,
+                    steps=steps,
+                    solver=solver,
+                    reveal=reveal,
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
+                    init_image=known.get("init_image"),
+                    mask=known.get("mask"),
                     callback=advance,
                 )
             columns.append(column)
     picture = _arrange(texts, values, columns, n, seed)
     print(f"the picture is in {save_picture(picture, out)}")
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    scales: Annotated[
+        list[float] | None, typer.Option(help="The columns: --scales 1 2 4 8 16.")
+    ] = None,
+    families: Annotated[
+        list[str] | None, typer.Option(help="The rows; all that the weights hold.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Shipped weights (shapes), a folder, or a hub repository.")
+    ] = "shapes",
+    n: Annotated[int, typer.Option("-n", help="Seeds, a row each.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first image; the next has seed + 1.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="A picture to write, or a folder for single images and settings.")
+    ] = Path("out/compare.png"),
+) -> None:
+    """Draw one prompt with every family at every scale, from the same seeds."""
+    if out.suffix:
+        check_picture_name(out)
+    names = families or held_families(weights)
+    values = scales or [1.0, 2.0, 4.0, 8.0, 16.0]
+    with tqdm(total=len(names) * len(values), desc="drawing", unit="cell") as bar:
+
+        def advance(family: str, scale: float) -> None:
+            bar.update()
+
+        result = draw_comparison(
+            prompt,
+            weights=weights,
+            families=names,
+            scales=values,
+            seeds=range(seed, seed + n),
+            progress=advance,
+        )
+    print(f"the picture is in {result.save(out)}")
+
+
+def _open_picture(file: Path, size: int) -> Image.Image:
+    """A picture at the model's size.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no picture at {file}")
+    return Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BOX)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -152,18 +233,18 @@ def _arrange(
 
 
 def expand_lists(arguments: list[str]) -> list[str]:
-    """Let ``--scales 0 1 2`` stand for ``--scales 0 --scales 1 --scales 2``."""
+    """Let ``--scales 0 1 2`` stand for ``--scales 0 --scales 1 --scales 2``, and likewise ``--families``."""
     expanded: list[str] = []
     option: str | None = None
     for argument in arguments:
         if argument in LIST_OPTIONS:
             option = argument
             continue
-        if option is not None and _is_number(argument):
+        if option is not None and LIST_OPTIONS[option](argument):
             expanded += [option, argument]
             continue
         if option is not None and (not expanded or expanded[-2:-1] != [option]):
-            expanded.append(option)  # no number followed: let the parser complain
+            expanded.append(option)  # no value followed: let the parser complain
         option = None
         expanded.append(argument)
     if option is not None and expanded[-2:-1] != [option]:
@@ -177,6 +258,17 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_family(text: str) -> bool:
+    return text in MODEL_CLASSES
+
+
+# options that take several values, and what such a value looks like
+LIST_OPTIONS: dict[str, Callable[[str], bool]] = {
+    "--scales": _is_number,
+    "--families": _is_family,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -60,26 +60,41 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     precise = torch.promote_types(cond_out.dtype, torch.float32)
     cond, uncond = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
 
-    # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it
-    cond_masked, uncond_masked = cond.isneginf(), uncond.isneginf()
-    cond = cond.masked_fill(cond_masked, 0.0)
-    uncond = torch.where(uncond_masked, cond, uncond)
-    # what is too large for the arithmetic saturates: neither the difference nor the result becomes infinite
     most = torch.finfo(precise).max
-    cond, uncond = cond.clamp(-most / 2, most / 2), uncond.clamp(-most / 2, most / 2)
     s = (
         s.double().clamp(-most, most).to(precise)
         if isinstance(s, Tensor)
         else max(-most, min(s, most))
     )
-    out = torch.lerp(uncond, cond, s)  # the formula; u + s * (c - u) would not be exact at s = 1
-    limits = torch.finfo(cond_out.dtype)
+    if cond.device.type == "cpu":  # elsewhere looking at the result would stall the device
+        out = _line(cond, uncond, s)
+        if bool(out.abs().amax() <= torch.finfo(cond_out.dtype).max):
+            return out.to(cond_out.dtype)
+    return _guide_carefully(cond, uncond, s, cond_out.dtype)
+
+
+def _guide_carefully(cond: Tensor, uncond: Tensor, s: Scale, dtype: torch.dtype) -> Tensor:
+    """The formula for outputs that may hold -inf or be too large for it."""
+    # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it
+    cond_masked, uncond_masked = cond.isneginf(), uncond.isneginf()
+    cond = cond.masked_fill(cond_masked, 0.0)
+    uncond = torch.where(uncond_masked, cond, uncond)
+    # what is too large for the arithmetic saturates: neither the difference nor the result becomes infinite
+    most = torch.finfo(cond.dtype).max
+    cond, uncond = cond.clamp(-most / 2, most / 2), uncond.clamp(-most / 2, most / 2)
+    out = _line(cond, uncond, s)
+    limits = torch.finfo(dtype)
     out = out.clamp(limits.min, limits.max)
     if isinstance(s, Tensor):
         masked = torch.where(s == 0, uncond_masked, cond_masked)
     else:
         masked = cond_masked
-    return out.masked_fill(masked, -math.inf).to(cond_out.dtype)
+    return out.masked_fill(masked, -math.inf).to(dtype)
+
+
+def _line(cond: Tensor, uncond: Tensor, s: Scale) -> Tensor:
+    """The formula; u + s * (c - u) would not be exact at s = 1."""
+    return torch.lerp(uncond, cond, s)
 
 
 def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
@@ -200,11 +215,10 @@ class Guidance:
         ``("cond",)`` where every scale is 1, ``("uncond",)`` where every scale is 0, else both: a sampler runs
         B rows, not 2B, wherever one branch suffices.
         """
-        s = torch.as_tensor(self.scale_at(progress))
-        if bool((s == 1).all()):
-            return ("cond",)
-        if bool((s == 0).all()):
-            return ("uncond",)
+        s = self.scale_at(progress)
+        for value, branch in ((1.0, "cond"), (0.0, "uncond")):
+            if s == value if isinstance(s, float) else bool((torch.as_tensor(s) == value).all()):
+                return (branch,)
         return ("cond", "uncond")
 
     def combine(

@@ -54,14 +54,19 @@ def split(
         ValueError: if the space is unknown, or cannot be left at this noise level: eps and score where alpha is 0,
             x0 where sigma is 0.
     """
-    check_space(space)
+    check_level(alpha, sigma, space)
+    return split_unchecked(out, x, alpha, sigma, space)
+
+
+def split_unchecked(
+    out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, space: Space
+) -> tuple[Tensor, Tensor]:
+    """:func:`split` for levels that ``check_level`` has let through: in a loop, looking at them again takes time."""
     if space == "score":
         out, space = -sigma * out, "eps"
     if space == "eps":
-        _refuse_zero(alpha, "alpha", space)
         return (x - sigma * out) / alpha, out
     if space == "x0":
-        _refuse_zero(sigma, "sigma", space)
         return out, (x - alpha * out) / sigma
     if space == "v":
         norm = alpha.square() + sigma.square()
@@ -115,6 +120,23 @@ def convert(
     if check_space(source) == check_space(target):
         return out
     return join(*split(out, x, alpha, sigma, source), alpha, sigma, target)
+
+
+def check_level(alpha: Tensor, sigma: Tensor, space: Space) -> None:
+    """Refuse noise levels at which a prediction in ``space`` leaves half of x_t open.
+
+    Args:
+        alpha: shares of the clean sample, of any shape.
+        sigma: shares of the noise.
+        space: of the predictions.
+
+    Raises:
+        ValueError: if the space is unknown, or is eps or score and an alpha is 0, or is x0 and a sigma is 0.
+    """
+    if check_space(space) in ("eps", "score"):
+        _refuse_zero(alpha, "alpha", space)
+    if space == "x0":
+        _refuse_zero(sigma, "sigma", space)
 
 
 def _refuse_zero(value: Tensor, name: str, space: Space) -> None:

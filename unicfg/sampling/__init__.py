@@ -1,6 +1,24 @@
 """Guided samplers: plain functions, model first. Imports torch and nothing else."""
 
-from unicfg.sampling.autoregressive import TokenStep, sample_autoregressive
+from unicfg.sampling.autoregressive import TokenStep, Uncached, sample_autoregressive
+from unicfg.sampling.diffusion import DenoisingStep, sample_diffusion
+from unicfg.sampling.hybrid import LatentStep, sample_hybrid
+from unicfg.sampling.masked import UnmaskingStep, sample_masked
+from unicfg.sampling.paths import cosine, linear, straight
 from unicfg.sampling.tokens import TokenFilter
 
-__all__ = ["TokenFilter", "TokenStep", "sample_autoregressive"]
+__all__ = [
+    "DenoisingStep",
+    "LatentStep",
+    "TokenFilter",
+    "TokenStep",
+    "Uncached",
+    "UnmaskingStep",
+    "cosine",
+    "linear",
+    "sample_autoregressive",
+    "sample_diffusion",
+    "sample_hybrid",
+    "sample_masked",
+    "straight",
+]

@@ -189,3 +189,57 @@ class CachedBranches:
         for cache in self.caches.values():
             cache.length = self.joint.length
         return logits[: self.batch], logits[self.batch :]
+
+
+class Uncached:
+    """Any ``next_logits(ids (R, n), cond (R, ...)) -> (R, V)`` as a model for :func:`sample_autoregressive`.
+
+    For models of one's own that have no cache to offer: every step runs the whole sequence again, still with both
+    branches in one call.
+
+    Args:
+        next_logits: logits of the token after ``ids``.
+        num_tokens: L.
+
+    Example:
+        >>> ids = sample_autoregressive(Uncached(model, 16), cond, uncond=null, guidance=Guidance(3.0), seeds=[0])
+    """
+
+    def __init__(self, next_logits: Callable[[Tensor, Tensor], Tensor], num_tokens: int) -> None:
+        self.next_logits = next_logits
+        self.num_tokens = num_tokens
+
+    def make_cache(self, rows: int) -> ConditionRows:
+        """Room for the conditions of ``rows`` sequences."""
+        return ConditionRows([None] * rows, range(rows))
+
+    def prefill(self, cond: Tensor, cache: ConditionRows) -> None:
+        """Keep the conditions (R, ...), or one (1, ...) for all rows."""
+        for row, own in zip(
+            cache.places, cond.expand(len(cache.places), *cond.shape[1:]), strict=True
+        ):
+            cache.shared[row] = own
+
+    def decode(self, ids: Tensor, cache: ConditionRows) -> Tensor:
+        """Logits (R, V) of the token after ``ids`` (R, n)."""
+        held = [cache.shared[row] for row in cache.places]
+        return self.next_logits(ids, torch.stack([own for own in held if own is not None]))
+
+
+@dataclass
+class ConditionRows:
+    """The cache of :class:`Uncached`: the condition of each row, and no token.
+
+    Attributes:
+        shared: one condition a row, of all rows.
+        places: which of these rows this view is of.
+        length: tokens held: always 0.
+    """
+
+    shared: list[Tensor | None]
+    places: range
+    length: int = 0
+
+    def rows(self, start: int, stop: int) -> ConditionRows:
+        """The rows from ``start`` up to ``stop``: the same memory."""
+        return ConditionRows(self.shared, self.places[start:stop])

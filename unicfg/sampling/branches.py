@@ -54,7 +54,7 @@ def combine(
     """
     out = guidance.combine(progress, cond_out, uncond_out)
     # -inf masks a logit and is let through; one pass over the result shows what is wrong with any branch
-    if bool((out.isnan() | out.isposinf()).any()):
+    if not bool(out.isfinite().all()) and bool((out.isnan() | out.isposinf()).any()):
         branches = {"cond": cond_out, "uncond": uncond_out}
         broken = [
             name
@@ -198,6 +198,12 @@ class WholeGridPass:
         Raises:
             FloatingPointError: if an output holds NaN or +inf.
         """
+        return combine(self.guidance, progress, *self.branches(progress, x, *rest), step)
+
+    def branches(
+        self, progress: float, x: Tensor, *rest: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Outputs of the branches that ``progress`` needs, in one call; None for the other."""
         needed = self.guidance.branches_at(progress)
         count = len(needed)
         out = self.network(
@@ -206,4 +212,4 @@ class WholeGridPass:
             *(torch.cat([value] * count) for value in rest),
         )
         parts = dict(zip(needed, out.split(self.batch), strict=True))
-        return combine(self.guidance, progress, parts.get("cond"), parts.get("uncond"), step)
+        return parts.get("cond"), parts.get("uncond")

@@ -27,7 +27,7 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
-class straight:  # noqa: N801  (paths read as words, like schedules)
+class straight:
     """alpha = 1 - t, sigma = t: rectified flow (Liu et al., arXiv 2209.03003, equation 1, time reversed)."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class straight:  # noqa: N801  (paths read as words, like schedules)
 
 
 @dataclass(frozen=True)
-class cosine:  # noqa: N801
+class cosine:
     """alpha = cos, sigma = sin of an angle that grows with t (Salimans and Ho, arXiv 2202.00512, section 2).
 
     Args:
@@ -70,7 +70,7 @@ class cosine:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class linear:  # noqa: N801
+class linear:
     """The variance-preserving path of DDPM: 1000 steps with beta from 1e-4 to 0.02 (Ho et al., arXiv 2006.11239).
 
     t = (i + 1) / 1000 is their step i; between steps alpha squared is interpolated.
@@ -96,16 +96,32 @@ class linear:  # noqa: N801
         table = self.alpha_squared().to(t.device)
         place = t.double() * TABLE
         low = place.floor().long().clamp(0, TABLE - 1)
-        squared = torch.lerp(table[low], table[low + 1], place - low)
+        share = place - low
+        squared = (1 - share) * table[low] + share * table[low + 1]
         return squared.sqrt().to(t.dtype), (1 - squared).sqrt().to(t.dtype)
 
     def time(self, ratio: Tensor) -> Tensor:
         """Invert sigma / alpha."""
         table = self.alpha_squared().to(ratio.device)
-        wanted = (1 / (1 + ratio.double().square())).clamp(table[-1], 1)
+        wanted = (1 / (1 + ratio.double().square())).clamp(float(table[-1]), 1.0)
         high = torch.searchsorted(-table, -wanted).clamp(1, TABLE)
         low = high - 1
         return (low + (table[low] - wanted) / (table[low] - table[high])) / TABLE
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times in [0, 1] towards the noise (Esser et al., arXiv 2403.03206, equation 23).
+
+    Args:
+        t: times.
+        shift: > 0; 1 leaves them where they are, more moves them up.
+
+    Raises:
+        ValueError: if ``shift`` is not positive.
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift is {shift}, expected a number > 0")
+    return shift * t / (1 + (shift - 1) * t)
 
 
 PATHS: dict[str, Path] = {

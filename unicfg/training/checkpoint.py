@@ -1,12 +1,13 @@
 """Checkpoints: one safetensors file, written beside and renamed, so that a kill leaves the last whole one.
 
-Nothing is pickled. A checkpoint holds the model, its moving average, the optimizer and the state of every
+Nothing is pickled. A checkpoint holds the model, its moving average, the optimizers and the state of every
 random generator; the learning rate and the order of the data are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ SUFFIX = ".safetensors"
 
 
 def training_state(
-    model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    model: nn.Module, average: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """Everything that a training has learned, as a flat dict of tensors."""
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{k}": v for k, v in entries.items()}
+    for which, optimizer in enumerate(optimizers):
+        for index, entries in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer {which}/{index}/{k}": v for k, v in entries.items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -38,7 +40,7 @@ def restore_training_state(
     tensors: dict[str, Tensor],
     model: nn.Module,
     average: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Undo :func:`training_state`.
 
@@ -47,12 +49,13 @@ def restore_training_state(
     """
     model.load_state_dict(_under(tensors, "model/"))
     average.load_state_dict(_under(tensors, "average/"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _under(tensors, "optimizer/").items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for which, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _under(tensors, f"optimizer {which}/").items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(tensors["random/cpu"])
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])

@@ -9,10 +9,13 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dacite
 import yaml
+
+Family = Literal["ar", "masked", "diffusion", "flow", "hybrid"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 # what may differ when a run is resumed: it changes no number of the training
 LOGGING_SETTINGS = {"log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
@@ -27,13 +30,15 @@ class DataRecipe:
     image_size: int = 64  # pixels a side
     count: int = 20_000  # shapes: how many scenes
     wrong: float = 0.15  # shapes: share of vague or wrong captions
+    unrelated: float = 0.0  # shapes: share of captions that belong to another scene
     validation: float = 0.1  # share held out, where the data names no split itself
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with warm-up, cosine decay, gradient clipping and an exponential moving average."""
+    """The optimizer, with warm-up, cosine decay, gradient clipping and an exponential moving average."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of transformer blocks
     steps: int = 10_000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -97,14 +102,38 @@ class TextRecipe:
 
 
 @dataclass(frozen=True)
+class NoiseRecipe:
+    """Diffusion, flow and hybrid: how noise is added in training, and what is predicted. None: as the family does."""
+
+    path: str | None = None  # a key of sampling.paths.PATHS; cosine, for flow straight
+    space: str | None = None  # eps, x0, v, flow or score; diffusion v, hybrid eps, flow flow
+    time: Literal["uniform", "logit-normal"] | None = None  # uniform, for flow logit-normal
+    shift: float = 1.0  # moves times towards the noise
+    min_snr: float | None = None  # gamma of min-SNR weighting
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """Hybrid: the diffusion head, and the order in which tokens are drawn."""
+
+    order: Literal["causal", "masked"] = "causal"
+    width: int = 128
+    depth: int = 3
+    draws: int = 4  # noise draws a token and training step
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
     """The model: its family and the fields of its configuration."""
 
-    family: Literal["ar"] = "ar"
+    family: Family = "ar"
     width: int = 256
     depth: int = 6
     heads: int = 4
     dropout: float = 0.0
+    patch: int = 1  # diffusion and flow: latents a side that make one token
+    noise: NoiseRecipe = field(default_factory=NoiseRecipe)
+    head: HeadRecipe = field(default_factory=HeadRecipe)
     condition_dropout: float = 0.1  # share of samples trained without their condition
     crops: int = (
         1  # encodings of each training image: the first as it is, the others shifted at random
@@ -138,8 +167,14 @@ class Recipe:
     prompts: tuple[str, ...] = ()  # drawn in the sample grids; () takes validation captions
 
 
-def load_recipe(file: Path | str) -> Recipe:
+def load_recipe(file: Path | str, family: str | None = None) -> Recipe:
     """Read a recipe.
+
+    A section ``families`` may say, for each family, what differs from the section ``model``.
+
+    Args:
+        file: YAML.
+        family: one to train instead of the recipe's ``model: family``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -155,10 +190,40 @@ def load_recipe(file: Path | str) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
     try:
-        values = _typed(values, Recipe, str(file))
+        values = _typed(_with_family(values, family, str(file)), Recipe, str(file))
         return dacite.from_dict(Recipe, values, dacite.Config(strict=True))
     except dacite.DaciteError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _with_family(values: dict[str, Any], family: str | None, where: str) -> dict[str, Any]:
+    """The values without the section ``families``; what it says of the chosen family stands in ``model``."""
+    own = values.get("families", {})
+    model = values.get("model", {})
+    values = {key: value for key, value in values.items() if key != "families"}
+    if not isinstance(own, dict) or not isinstance(model, dict):
+        raise ValueError(f"{where}: expected model and families to be sections of keys")
+    chosen = family or model.get("family", ModelRecipe.family)
+    for name in (*own, chosen):
+        if name not in FAMILIES:
+            raise ValueError(f"{where}: family is {name!r}, expected one of {', '.join(FAMILIES)}")
+    values["model"] = _merged(model, own.get(chosen) or {}) | {"family": chosen}
+    return values
+
+
+def _merged(values: dict[str, Any], changes: Any) -> dict[str, Any]:
+    """Nested keys of ``changes`` replace those of ``values``."""
+    if not isinstance(changes, dict):
+        raise ValueError(f"families: {changes!r}, expected a section of keys")
+    merged = dict(values)
+    for key, value in changes.items():
+        before = merged.get(key)
+        merged[key] = (
+            _merged(before, value)
+            if isinstance(before, dict) and isinstance(value, dict)
+            else value
+        )
+    return merged
 
 
 def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, Any]:
@@ -181,7 +246,7 @@ def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, 
             if not isinstance(value, list):
                 raise ValueError(f"{where}: {key} is {value!r}, expected a list")
             value = tuple(value)
-        elif kind == "float":
+        elif kind.startswith("float") and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
                 raise ValueError(f"{where}: {key} is {value!r}, expected a number{hint}")

@@ -1,8 +1,8 @@
 """Shapes: drawn scenes of one or two coloured objects, with captions and the truth about every pixel's cause.
 
 A set that needs no download and whose right answer is known: what a caption asks for can be read back from an
-image. A share of the captions is vague or wrong, as in data found in the wild: without these a model would have
-no reason to need guidance.
+image. A share of the captions is vague, wrong or of another scene, as in data found in the wild: without these a
+model would have no reason to need guidance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Colour = Literal["red", "green", "blue", "yellow", "orange", "purple", "cyan", "
 Background = Literal["white", "grey", "black", "beige"]
 Size = Literal["small", "large"]
 Relation = Literal["above", "below", "left of", "right of"]
-CaptionKind = Literal["exact", "vague", "wrong"]
+CaptionKind = Literal["exact", "vague", "wrong", "unrelated"]
 RGB = tuple[int, int, int]
 
 SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "star")
@@ -110,19 +110,26 @@ class Scene:
 
 
 def make_shapes(
-    n: int, *, size: int = 32, seed: int = 0, wrong: float = 0.15, two_objects: float = 0.6
+    n: int,
+    *,
+    size: int = 32,
+    seed: int = 0,
+    wrong: float = 0.15,
+    unrelated: float = 0.0,
+    two_objects: float = 0.6,
 ) -> ImageSet:
     """Draw scenes with captions.
 
-    Image i depends on ``seed`` and i alone, so a larger set begins with the smaller one; ``wrong`` changes captions
-    and no pixels. The attributes of an image are the fields of its ``Scene``, "caption_kind" and "exact_caption".
+    Image i depends on ``seed`` and i alone, so a larger set begins with the smaller one; ``wrong`` and ``unrelated``
+    change captions and no pixels. The attributes of an image are the fields of its ``Scene``, "caption_kind" and "exact_caption".
 
     Args:
         n: number of images.
         size: pixels a side, a multiple of 8 from 16 on.
         seed: of the whole set, 0 or larger.
-        wrong: share of captions that are not exact: one half vague (true, but saying less), the other half wrong
-            (one attribute replaced by another).
+        wrong: share of captions that are one half vague (true, but saying less), the other half wrong (one attribute
+            replaced by another).
+        unrelated: share of captions that belong to another scene.
         two_objects: share of scenes with two objects.
 
     Returns:
@@ -135,9 +142,12 @@ def make_shapes(
         raise ValueError(f"n is {n}, expected at least 1 image")
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected 0 or larger")
-    for name, share in (("wrong", wrong), ("two_objects", two_objects)):
+    shares = {"wrong": wrong, "unrelated": unrelated, "two_objects": two_objects}
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name} is {share}, expected a share in [0, 1]")
+    if wrong + unrelated > 1:
+        raise ValueError(f"wrong is {wrong} and unrelated {unrelated}, expected at most 1 together")
     _check_side(size)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     captions: list[str] = []
@@ -146,7 +156,7 @@ def make_shapes(
         rng = np.random.default_rng((seed, i))
         scene = _random_scene(rng, two_objects)
         images[i] = render(scene, size, rng)
-        kind, caption = _caption(scene, wrong, rng)
+        kind, caption = _caption(scene, wrong, unrelated, two_objects, rng)
         captions.append(caption)
         attributes.append(asdict(scene) | {"caption_kind": kind, "exact_caption": describe(scene)})
     return ImageSet(images, captions, attributes)
@@ -239,13 +249,17 @@ def _random_thing(rng: np.random.Generator) -> Thing:
     return Thing(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), _pick(rng, tuple(SIZES)))
 
 
-def _caption(scene: Scene, wrong: float, rng: np.random.Generator) -> tuple[CaptionKind, str]:
+def _caption(
+    scene: Scene, wrong: float, unrelated: float, two_objects: float, rng: np.random.Generator
+) -> tuple[CaptionKind, str]:
     """The caption that an image gets, and of which kind it is."""
     draw = rng.random()
     if draw < wrong / 2:
         return "vague", _pick(rng, _vague_captions(scene))
     if draw < wrong:
         return "wrong", describe(_alter(scene, rng))
+    if draw < wrong + unrelated:
+        return "unrelated", describe(_random_scene(rng, two_objects))
     return "exact", describe(scene)
 
 

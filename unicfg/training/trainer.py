@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
+from tqdm.auto import tqdm
 
-from models import ClassLabels, TextToImage, TextTokenizer, TokenTransformer, TokenTransformerConfig
+from models import ClassLabels, TextToImage, TextTokenizer
 from models.labels import PromptEncoder
 from tokenizers_vq import (
     AdversarialLoss,
@@ -41,6 +42,13 @@ from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 from unicfg.training.data import ImageSet, read_folder
 from unicfg.training.dropout import ConditionDropout
+from unicfg.training.families import (
+    Loss,
+    make_network,
+    step_generator,
+    training_data,
+    training_loss,
+)
 from unicfg.training.optimize import fit
 from unicfg.training.recipe import (
     LOGGING_SETTINGS,
@@ -91,19 +99,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
         text = ClassLabels(sorted(set(data.captions)))
     else:
         text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
-    model_config = _model_config(recipe, tokenizer_config, text)
+    set_seed(recipe.model.training.seed)
+    network = make_network(recipe.model, tokenizer_config, text)
     _claim_folder(recipe, _fingerprint(data), out, resume)
 
     tokenizer = _train_tokenizer(recipe, tokenizer_config, train_set, val_set, out, resume)
-    codes = [
-        _codes(tokenizer, text, part, out / "codes" / f"{name}.safetensors", recipe.model, crops)
-        for name, part, crops in (
-            ("train", train_set, recipe.model.crops),
-            ("validation", val_set, 1),
-        )
-    ]
+    codes = []
+    for name, part, crops in (("train", train_set, recipe.model.crops), ("validation", val_set, 1)):
+        file = out / "codes" / f"{name}-{crops}x{recipe.model.shift}.safetensors"
+        codes.append(_codes(tokenizer, text, part, file, recipe.model, crops))
     prompts = list(recipe.prompts) or val_set.captions[:SAMPLE_PROMPTS]
-    return _train_model(recipe, model_config, tokenizer, text, codes, prompts, out, resume)
+    return _train_model(recipe, network, tokenizer, text, codes, prompts, out, resume)
 
 
 def load_data(recipe: DataRecipe) -> ImageSet:
@@ -113,7 +119,12 @@ def load_data(recipe: DataRecipe) -> ImageSet:
         ValueError: if a folder is expected and none is named.
     """
     if recipe.source == "shapes":
-        return make_shapes(recipe.count, size=recipe.image_size, wrong=recipe.wrong)
+        return make_shapes(
+            recipe.count,
+            size=recipe.image_size,
+            wrong=recipe.wrong,
+            unrelated=recipe.unrelated,
+        )
     if not recipe.path:
         raise ValueError("data.path is empty, expected the folder of the captioned images")
     return read_folder(recipe.path, recipe.image_size)
@@ -127,20 +138,31 @@ def _fingerprint(data: ImageSet) -> str:
 
 
 def _claim_folder(recipe: Recipe, fingerprint: str, out: Path, resume: bool) -> None:
-    """Write recipe and data hash beside the results; refuse to mix two runs in one folder."""
+    """Write recipe and data hash beside the results; refuse to mix two runs in one folder.
+
+    The families of a folder share data, tokenizer and text, so another family may be added to it at any time.
+    """
     file = out / "recipe.json"
     settings = json.loads(json.dumps({**asdict(recipe), "data_fingerprint": fingerprint}))
-    if file.exists() and not resume:
-        raise ValueError(f"{out} holds a run already: resume it, or choose another folder as out")
-    if file.exists():
-        before, now = _flat(read_json(file)), _flat(settings)
-        changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if key.split("/")[-1] not in FREE_SETTINGS and before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(f"cannot resume {out}: {'; '.join(changed)}")
+    family, model = recipe.model.family, settings.pop("model")
+    held = read_json(file) if file.exists() else {"models": {}}
+    models = held.pop("models", {})
+    if family in models and not resume:
+        raise ValueError(
+            f"{out} holds a run of the family {family} already: resume it, or choose another folder"
+        )
+    before, now = _flat(held), _flat(settings)
+    if family in models:
+        before |= _flat({"model": models[family]})
+        now |= _flat({"model": model})
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key.split("/")[-1] not in FREE_SETTINGS and before.get(key) != now.get(key)
+    ]
+    if held and changed:
+        raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
+    settings["models"] = models | {family: model}
     write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
 
 
@@ -176,7 +198,7 @@ def _train_tokenizer(
     resume: bool,
 ) -> VQTokenizer:
     """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
-    if resume and (out / "tokenizer" / WEIGHTS).exists():
+    if (out / "tokenizer" / WEIGHTS).exists():
         return VQTokenizer.from_pretrained(out / "tokenizer")
     settings = recipe.tokenizer
     set_seed(settings.training.seed)
@@ -261,22 +283,6 @@ def evaluate_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> tuple[dict[str
     return values, grid(rows, cell=96)
 
 
-def _model_config(
-    recipe: Recipe, tokenizer: VQTokenizerConfig, text: PromptEncoder
-) -> TokenTransformerConfig:
-    settings = recipe.model
-    return TokenTransformerConfig(
-        codebook_size=tokenizer.num_codes,
-        grid=recipe.data.image_size // tokenizer.factor,
-        condition_vocabulary=text.vocabulary,
-        condition_length=text.length,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        dropout=settings.dropout,
-    )
-
-
 def _codes(
     tokenizer: VQTokenizer,
     text: PromptEncoder,
@@ -284,23 +290,24 @@ def _codes(
     file: Path,
     recipe: ModelRecipe,
     crops: int,
-) -> TensorDataset:
-    """Image tokens and text tokens of a data set, made once and kept with a mark of what made them."""
+) -> dict[str, Tensor]:
+    """Image tokens "ids", "latents" and "text" of a data set, made once and kept with a mark of what made them."""
     captions = text.encode(images.captions).repeat(crops, 1)
     mark = _mark(tokenizer, images, captions, recipe.shift)
     if file.exists():
         with safe_open(file, framework="pt") as handle:
             if (handle.metadata() or {}).get("made_from") == mark:
-                return TensorDataset(handle.get_tensor("ids"), handle.get_tensor("text"))
+                return {key: handle.get_tensor(key) for key in list(handle.keys())}
     generator = torch.Generator().manual_seed(recipe.training.seed)
-    ids = []
-    for crop in range(crops):
-        for batch in images.images.split(64):
-            shift = recipe.shift if crop else 0
-            ids.append(tokenizer.encode(shifted(to_float(batch), shift, generator)).flatten(1))
-    tensors = {"ids": torch.cat(ids), "text": captions}
+    ids, latents = [], []
+    batches = [(crop, batch) for crop in range(crops) for batch in images.images.split(64)]
+    for crop, batch in tqdm(batches, desc="encoding images"):
+        pixels = shifted(to_float(batch), recipe.shift if crop else 0, generator)
+        ids.append(tokenizer.encode(pixels).flatten(1))
+        latents.append(tokenizer.encode_latents(pixels))
+    tensors = {"ids": torch.cat(ids), "latents": torch.cat(latents), "text": captions}
     write_atomically(tensors, file, {"made_from": mark})
-    return TensorDataset(tensors["ids"], captions)
+    return tensors
 
 
 def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -329,51 +336,44 @@ def _mark(tokenizer: VQTokenizer, images: ImageSet, captions: Tensor, shift: int
     return digest.hexdigest()
 
 
-def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
-    """Mean cross-entropy of image tokens (B, L) under a token model, in nats a token."""
-    logits = model(ids, cond)
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
-
-
 def _train_model(
     recipe: Recipe,
-    config: TokenTransformerConfig,
+    network: nn.Module,
     tokenizer: VQTokenizer,
     text: PromptEncoder,
-    codes: list[TensorDataset],
+    codes: list[dict[str, Tensor]],
     prompts: list[str],
     out: Path,
     resume: bool,
 ) -> TextToImage:
-    settings, (train_codes, val_codes) = recipe.model, codes
-    set_seed(settings.training.seed)
-    wrapped = ConditionDropout(
-        TokenTransformer(config),
-        text.null_condition,
-        settings.condition_dropout,
-        seed=settings.training.seed,
+    settings, family = recipe.model, recipe.model.family
+    seed = settings.training.seed
+    train_codes, val_codes = (
+        TensorDataset(part[training_data(family)], part["text"]) for part in codes
     )
+    set_seed(seed)
+    wrapped = ConditionDropout(network, text.null_condition, settings.condition_dropout, seed=seed)
+    loss = training_loss(settings, network)
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, ConditionDropout)
-        values = _validation_losses(average, val_codes)
-        pipe = TextToImage(text, average, tokenizer.to(_device(average)))
-        save_picture(
-            _samples(pipe, prompts), out / "pictures" / f"{settings.family}-{step:06d}.png"
-        )
+        values = _validation_losses(average, loss, val_codes)
+        pipe = TextToImage(text, average, tokenizer.to(_device(average)), family)
+        save_picture(_samples(pipe, prompts), out / "pictures" / f"{family}-{step:06d}.png")
         return values
 
     trained = fit(
         wrapped,
         train_codes,
-        lambda module, batch, step: token_loss(module, *batch),
+        # a function of seed and step alone, so that a resumed run draws what the uninterrupted one would have
+        lambda module, batch, step: loss(module, batch[0], batch[1], step_generator(seed, step)),
         settings.training,
-        out / "logs" / settings.family,
+        out / "logs" / family,
         resume=resume,
         report=report,
     )
     assert isinstance(trained, ConditionDropout)
-    pipe = TextToImage(text, trained.cpu(), tokenizer.cpu(), settings.family)
+    pipe = TextToImage(text, trained.cpu(), tokenizer.cpu(), family)
     pipe.save_pretrained(out)
     return pipe
 
@@ -383,16 +383,19 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def _validation_losses(wrapped: ConditionDropout, codes: TensorDataset) -> dict[str, float]:
+def _validation_losses(
+    wrapped: ConditionDropout, loss: Loss, codes: TensorDataset
+) -> dict[str, float]:
     """Loss with and without the condition; their difference is what guidance has to work with."""
     device = _device(wrapped)
-    ids, cond = (tensor[:512].to(device) for tensor in codes.tensors)
+    data, cond = (tensor[:512].to(device) for tensor in codes.tensors)
     null = wrapped.null_condition
     assert isinstance(null, Tensor)
-    return {
-        "validation_loss": float(token_loss(wrapped.model, ids, cond)),
-        "validation_loss_uncond": float(token_loss(wrapped.model, ids, null.expand_as(cond))),
-    }
+    values = {}
+    for name, condition in (("", cond), ("_uncond", null.expand_as(cond))):
+        generator = torch.Generator().manual_seed(0)  # the same noise for both
+        values[f"validation_loss{name}"] = float(loss(wrapped.model, data, condition, generator))
+    return values
 
 
 def _samples(pipe: TextToImage, prompts: list[str]) -> Any:

@@ -1,0 +1,216 @@
+"""The transformer body that every family shares; what goes in and what comes out is the family's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.blocks import (
+    Block,
+    EncodedCondition,
+    KVCache,
+    Modulation,
+    Prefix,
+    causal_mask,
+    encode_prefix,
+)
+from models.packed import pack
+from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
+
+
+@dataclass
+class BodyConfig:
+    """What the configurations of all families have in common; written to ``config.json``."""
+
+    grid: int = 8  # h = w, tokens or latents a side
+    condition_vocabulary: int = 2048  # text tokens, or number of classes + 1
+    condition_length: int = 32  # T; 1 for class labels
+    width: int = 256  # D
+    depth: int = 6
+    heads: int = 4
+    dropout: float = 0.0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_format_version(self.format_version)
+        check_positive(self, "grid", "condition_vocabulary", "condition_length", "depth")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width is {self.width}, expected a multiple of heads ({self.heads})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a probability below 1")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
+
+
+class Body(nn.Module):
+    """A condition prefix, learned positions, transformer blocks and a last norm.
+
+    The prefix attends only to itself; image tokens attend to the prefix and to each other, as far as a mask lets
+    them. Positions are learned, one for each row and one for each column of the grid.
+
+    Args:
+        config: sizes.
+        grid: tokens a side, where it differs from the configuration's.
+    """
+
+    def __init__(self, config: BodyConfig, grid: int | None = None) -> None:
+        super().__init__()
+        self.num_tokens = (grid or config.grid) ** 2
+        self.heads = config.heads
+        self.prefix = Prefix(config.condition_vocabulary, config.condition_length, config.width)
+        self.row = nn.Parameter(torch.zeros(grid or config.grid, 1, config.width))
+        self.column = nn.Parameter(torch.zeros(1, grid or config.grid, config.width))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.dropout) for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+
+    def positions(self) -> Tensor:
+        """One vector for each place of the grid in raster order, (L, D)."""
+        return (self.row + self.column).flatten(0, 1)
+
+    def encode_condition(self, cond: Tensor | EncodedCondition) -> EncodedCondition:
+        """Keys and values of condition ids (B, T); what is encoded already is passed on.
+
+        Raises:
+            ValueError: if the shape is not (B, T), or an id lies outside the vocabulary.
+        """
+        if isinstance(cond, EncodedCondition):
+            return cond
+        return encode_prefix(self.blocks, self.prefix(cond))
+
+    def forward(
+        self,
+        x: Tensor,
+        cond: Tensor | EncodedCondition,
+        mask: Tensor | None = None,
+        modulations: Sequence[Modulation] | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, D) of embedded tokens x (B, L, D).
+
+        Args:
+            x: embedded tokens with their positions (B, L, D).
+            cond: condition ids (B, T), or what ``encode_condition`` made of them.
+            mask: bool (L, T + L), True where a token may look; None is everywhere.
+            modulations: one for each block, from the time.
+        """
+        layers = self.encode_condition(cond).layers
+        for i, (block, (past_key, past_value)) in enumerate(zip(self.blocks, layers, strict=True)):
+
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, pk: Tensor = past_key, pv: Tensor = past_value
+            ) -> Tensor:
+                k, v = torch.cat([pk, k], dim=2), torch.cat([pv, v], dim=2)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+            x = block(x, attend, modulations[i] if modulations is not None else None)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def forward_causal(self, x: Tensor, cond: Tensor | EncodedCondition) -> Tensor:
+        """The same where each token sees itself and those before it."""
+        mask = causal_mask(x.shape[1], self.prefix.length, x.device)
+        return self(x, cond, mask)
+
+    def make_cache(self, rows: int, network: nn.Module) -> KVCache:
+        """An empty cache for ``rows`` sequences, in the model's dtype and on its device.
+
+        Args:
+            rows: R.
+            network: the model that the body belongs to; it is packed for decoding.
+
+        Raises:
+            ValueError: if ``rows`` is less than 1.
+        """
+        if rows < 1:
+            raise ValueError(f"rows is {rows}, expected at least 1")
+        weight = self.prefix.position
+        width = weight.shape[1]
+        places = self.prefix.length + self.num_tokens
+        shape = (len(self.blocks), rows, self.heads, places, width // self.heads)
+        keys, values = weight.new_empty(shape), weight.new_empty(shape)
+        return KVCache(keys, values, self.prefix.length, 0, pack(network))
+
+    def prefill(self, cond: Tensor, cache: KVCache) -> None:
+        """Run the condition (R, T), or one condition (1, T) for all rows, into an empty cache.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        if cond.shape[0] not in (1, cache.keys.shape[1]):
+            raise ValueError(f"cond has {cond.shape[0]} rows, the cache {cache.keys.shape[1]}")
+        cache.store_prefix(self.encode_condition(cond))
+
+    def check_decode(self, known: Tensor, cache: KVCache) -> None:
+        """Refuse to decode tokens or latents (R, n, ...) that do not continue the cache.
+
+        Raises:
+            ValueError: if there are too many tokens, or fewer than the cache holds, or another row count.
+        """
+        rows, tokens = known.shape[:2]
+        if rows != cache.keys.shape[1]:
+            raise ValueError(f"ids have {rows} rows, the cache {cache.keys.shape[1]}")
+        if not cache.length <= tokens < self.num_tokens:
+            raise ValueError(
+                f"ids hold {tokens} tokens, expected at least the cache's {cache.length} "
+                f"and fewer than L = {self.num_tokens}"
+            )
+
+    def extend(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states of new tokens x (R, n, D) that follow those in the cache; it is extended.
+
+        Returns:
+            (R, D), of the last token.
+        """
+        new = x.shape[1]
+        mask = causal_mask(new, cache.prefix + cache.length, x.device) if new > 1 else None
+        for layer, block in enumerate(self.blocks):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                return cache.attend(layer, q, k, v, mask)
+
+            x = block(x, attend)
+        cache.length += new
+        hidden: Tensor = self.norm(x[:, -1])
+        return hidden
+
+
+def previous_tokens(start: Tensor, embedded: Tensor, positions: Tensor, first: int) -> Tensor:
+    """Inputs of a causal body: each place holds the token before it, and its own position.
+
+    Args:
+        start: stands before the first token (D,).
+        embedded: tokens ``max(first - 1, 0)`` to n - 1, (R, ..., D).
+        positions: (L, D).
+        first: the first place that is wanted.
+
+    Returns:
+        places ``first`` to n, (R, n + 1 - first, D).
+    """
+    if first == 0:
+        embedded = torch.cat([start.expand(len(embedded), 1, -1), embedded], dim=1)
+    return embedded + positions[first : first + embedded.shape[1]]
+
+
+def initialize(network: nn.Module, depth: int) -> None:
+    """Small normal weights; what adds to the residual stream starts smaller still. Biases and norms stay."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 and not name.endswith("start"):
+            continue
+        # each block adds to the residual stream twice: its outputs start small
+        residual = name.endswith(("out.weight", "down.weight"))
+        nn.init.normal_(parameter, std=0.02 * ((2 * depth) ** -0.5 if residual else 1.0))

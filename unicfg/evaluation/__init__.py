@@ -1,0 +1,1 @@
+"""Reading attributes back from images, and comparing families."""

@@ -1,0 +1,150 @@
+"""One prompt, every family, every scale, the same seeds: a picture, and all it takes to make it again."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import unicfg
+from models import TextToImage
+from models.pipeline import OPTIONS, STEPS
+from tokenizers_vq.hub import write_text_atomically
+from unicfg.guidance import Guidance
+from unicfg.pictures import grid, save_picture
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was drawn.
+
+    Attributes:
+        prompt: the text.
+        weights: name or folder of the pipelines.
+        families: one row each.
+        scales: one column each.
+        seeds: the same in every cell.
+        settings: for each family, how it was sampled and with what network.
+        images: by (family, scale), one image a seed.
+    """
+
+    prompt: str
+    weights: str
+    families: tuple[str, ...]
+    scales: tuple[float, ...]
+    seeds: tuple[int, ...]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    images: dict[tuple[str, float], list[Image.Image]] = field(default_factory=dict)
+
+    def picture(self) -> Image.Image:
+        """Families (and seeds, if there are several) as rows, scales as columns."""
+        rows, labels = [], []
+        for family in self.families:
+            for k, seed in enumerate(self.seeds):
+                rows.append([self.images[family, scale][k] for scale in self.scales])
+                labels.append(family if len(self.seeds) == 1 else f"{family} (seed {seed})")
+        columns = [f"s = {scale:g}" for scale in self.scales]
+        return grid(rows, row_labels=labels, column_labels=columns)
+
+    def save(self, out: Path) -> Path:
+        """Write the picture to ``out``; where that has no suffix, a folder with all there is.
+
+        The folder gets ``compare.png``, ``index.html``, ``settings.json`` and every single image.
+
+        Returns:
+            the picture's file.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        if out.suffix:
+            return save_picture(self.picture(), out)
+        files = {}
+        for (family, scale), images in self.images.items():
+            for seed, image in zip(self.seeds, images, strict=True):
+                file = f"images/{family}-s{scale:g}-seed{seed}.png"
+                save_picture(image, out / file)
+                files[file] = {"family": family, "scale": scale, "seed": seed}
+        settings = {
+            "prompt": self.prompt,
+            "weights": self.weights,
+            "scales": self.scales,
+            "seeds": self.seeds,
+            "families": self.settings,
+            "images": files,
+            "versions": {"unicfg": unicfg.__version__, "torch": torch.__version__},
+        }
+        write_text_atomically(json.dumps(settings, indent=2) + "\n", out / "settings.json")
+        write_text_atomically(self._page(), out / "index.html")
+        return save_picture(self.picture(), out / "compare.png")
+
+    def _page(self) -> str:
+        heads = "".join(f"<th>s = {scale:g}</th>" for scale in self.scales)
+        rows = []
+        for family in self.families:
+            for seed in self.seeds:
+                cells = "".join(
+                    f'<td><img src="images/{family}-s{scale:g}-seed{seed}.png" alt="{family}, s = {scale:g}"></td>'
+                    for scale in self.scales
+                )
+                rows.append(f"<tr><th>{family}<br>seed {seed}</th>{cells}</tr>")
+        title = html.escape(self.prompt)
+        return (
+            f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
+            "<style>body{font-family:sans-serif}img{width:128px;image-rendering:pixelated}</style>"
+            f"<h1>{title}</h1><table><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
+            '<p><a href="settings.json">every setting</a></p>\n'
+        )
+
+
+def compare(
+    prompt: str,
+    *,
+    weights: str = "shapes",
+    families: Sequence[str],
+    scales: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    progress: Callable[[str, float], None] | None = None,
+) -> Comparison:
+    """Draw one prompt with several families at several scales, from the same seeds.
+
+    Args:
+        prompt: the text.
+        weights: shipped weights, a folder, or a hub repository that holds all the families.
+        families: rows.
+        scales: columns.
+        seeds: images a cell.
+        progress: called with family and scale after each cell.
+
+    Raises:
+        FileNotFoundError: if there are no such weights.
+        ValueError: if they do not hold a family, or a scale is not finite.
+    """
+    guidances = {scale: Guidance(scale) for scale in scales}  # refused before weights are read
+    for name, values in (("families", families), ("scales", scales), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} is {list(values)}, expected at least one, and none twice")
+    # every family is loaded before the first image is drawn, so that a missing one costs nothing
+    pipes = {family: TextToImage.from_pretrained(weights, family) for family in families}
+    result = Comparison(prompt, weights, tuple(families), tuple(scales), tuple(seeds))
+    for family, pipe in pipes.items():
+        result.settings[family] = {
+            "network": type(pipe.network).__name__,
+            "parameters": sum(p.numel() for p in pipe.network.parameters()),
+            "config": asdict(pipe.network.config),
+            "steps": STEPS.get(family, pipe.num_steps()),
+            "options": {name: "default" for name in OPTIONS[family]},
+        }
+        for scale, guidance in guidances.items():
+            result.images[family, scale] = pipe(
+                [prompt] * len(seeds), seeds=list(seeds), guidance=guidance
+            )
+            if progress is not None:
+                progress(family, scale)
+    return result

@@ -1,0 +1,290 @@
+"""Guided sampling of continuous tokens: a transformer gives hidden states, a small denoiser draws each token.
+
+The order is causal, with the same cache as ``sample_autoregressive``, or masked: sets of tokens in a random order of
+each sample (Li et al., arXiv 2406.11838, sections 3.3 and 3.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from unicfg.guidance.core import Guidance, Scale
+from unicfg.sampling.autoregressive import CachedBranches
+from unicfg.sampling.branches import (
+    Guided,
+    WholeGridPass,
+    branch_conditions,
+    check_guidance,
+    combine,
+    needed_branches,
+    network_and_null,
+    progress_at,
+)
+from unicfg.sampling.diffusion import Solver, Spacing, integrate, time_grid
+from unicfg.sampling.randomness import check_seeds, generators, normal
+from unicfg.training.dropout import ConditionDropout
+
+GuideAt = Literal["head", "states", "both"]
+GUIDE_AT: tuple[GuideAt, ...] = get_args(GuideAt)
+
+
+class HybridModel(Protocol):
+    """What ``sample_hybrid`` asks of a model; ``models.HybridTransformer`` is one.
+
+    ``head.prepare(times (N,))`` is called once and gives a function of hidden states (R, k, D), which gives N denoisers
+    (R, k, C) -> (R, k, C), one a time; the head has ``latent_shape``, ``path`` and ``space`` besides.
+    With the order "causal" the model has ``make_cache``, ``prefill`` and ``decode`` as in
+    :class:`unicfg.sampling.autoregressive.AutoregressiveModel`, where ids are latents (R, n, C) and logits are hidden
+    states (R, D). With "masked" it has ``states`` and ``encode_condition``.
+    """
+
+    head: Any
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of one sample."""
+
+    @property
+    def order(self) -> str:
+        """One of "causal" and "masked"."""
+
+    def encode_condition(self, cond: Tensor) -> Any:
+        """What ``states`` needs to know of the condition (R, T), once per sampling."""
+
+    def states(self, latents: Tensor, cond: Any, known: Tensor | None) -> Tensor:
+        """Hidden states (R, L, D) of latents (R, L, C), of which ``known`` (R, L) may be seen."""
+
+
+@dataclass(frozen=True)
+class LatentStep:
+    """What a callback sees after each token, or set of tokens.
+
+    Attributes:
+        index: of the step: L of them in causal order.
+        progress: index / (steps - 1).
+        scale: s at this step: a float or (B,).
+        latents: (B, L, C); 0 where not drawn yet.
+        known: bool (B, L), True where drawn.
+        cond_state: conditional hidden states of the tokens just drawn (B, k, D); None where not needed.
+        uncond_state: unconditional ones; None where not needed.
+    """
+
+    index: int
+    progress: float
+    scale: Scale
+    latents: Tensor
+    known: Tensor
+    cond_state: Tensor | None
+    uncond_state: Tensor | None
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+def sample_hybrid(
+    model: ConditionDropout | HybridModel,
+    cond: Tensor,
+    *,
+    seeds: Sequence[int],
+    guidance: Guidance | None = None,
+    uncond: Tensor | None = None,
+    guide_at: GuideAt = "head",
+    steps: int = 20,
+    passes: int = 16,
+    solver: Solver = "ddim",
+    spacing: Spacing = "uniform",
+    temperature: float = 1.0,
+    callback: Callable[[LatentStep], None] | None = None,
+) -> Tensor:
+    """Draw continuous tokens, guided inside the denoising head.
+
+    Args:
+        model: a model, or the ``ConditionDropout`` it was trained in, which brings the null condition.
+        cond: condition ids (B, T).
+        seeds: one int a sample. The same seed gives the same image in a batch of any size.
+        guidance: scale, schedule over the tokens, and mitigations; None is ``Guidance(1.0)``.
+        uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
+            ``model`` was trained with.
+        guide_at: what is extrapolated. "head": the head's predictions with the conditional and the unconditional
+            state, on the same noise, in one pass of both halves. "states": the hidden states; the head then runs
+            once. "both": the head, with the extrapolated state as the conditional one.
+        steps: of the head for each token.
+        passes: of the transformer, with the order "masked"; the number of tokens follows the cosine law of MaskGIT.
+        solver: of the head, see :func:`unicfg.sampling.sample_diffusion`.
+        spacing: of the head's times.
+        temperature: multiplies the noise that the head starts from (arXiv 2406.11838, section 3.2).
+        callback: called with a :class:`LatentStep` after each token or set of tokens.
+
+    Returns:
+        latents (B, L, C), float32.
+
+    Raises:
+        ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
+        TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
+        FloatingPointError: if an output of the model is not finite; names the token and the branch.
+
+    Example:
+        >>> latents = sample_hybrid(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
+    """
+    network, uncond = network_and_null(model, uncond)
+    guidance = check_guidance(guidance)
+    if guide_at not in GUIDE_AT:
+        raise ValueError(f"guide_at is {guide_at!r}, expected one of {', '.join(GUIDE_AT)}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}, expected a finite number >= 0")
+    times = time_grid(network.head.path, steps, spacing)
+    prepared = network.head.prepare(times.to(cond.device))
+    head = _Head(network.head, prepared, guidance, guide_at, solver, times)
+    batch, length = len(cond), network.num_tokens
+    sources = generators(check_seeds(seeds, batch))
+    (channels,) = network.head.latent_shape
+    noise = temperature * normal(sources, (length, channels)).to(cond.device)
+    latents = torch.zeros_like(noise)
+    known = torch.zeros(batch, length, dtype=torch.bool, device=cond.device)
+    if network.order == "causal":
+        turns = _causal_turns(network, cond, uncond, guidance, latents)
+    else:
+        turns = _masked_turns(network, cond, uncond, guidance, latents, known, passes, sources)
+    for turn in turns:
+        drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
+        latents.scatter_(1, _wide(turn.places, channels), drawn)
+        known.scatter_(1, turn.places, True)
+        if callback is not None:
+            scale = guidance.scale_at(turn.progress)
+            states = (turn.cond_state, turn.uncond_state)
+            callback(
+                LatentStep(
+                    turn.index, turn.progress, scale, latents.clone(), known.clone(), *states
+                )
+            )
+    return latents
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The tokens to draw next: their places (B, k) and hidden states (B, k, D) in each needed branch."""
+
+    index: int
+    progress: float
+    places: Tensor
+    cond_state: Tensor | None
+    uncond_state: Tensor | None
+
+
+def _causal_turns(
+    network: Any, cond: Tensor, uncond: Tensor | None, guidance: Guidance, latents: Tensor
+) -> Iterator[_Turn]:
+    """One token after another; ``latents`` (B, L, C) are filled in between by the caller."""
+    batch, length, _ = latents.shape
+    progresses = [progress_at(index, length) for index in range(length)]
+    needed = needed_branches(guidance, progresses, batch)
+    branches = CachedBranches(network, branch_conditions(cond, uncond, needed), batch)
+    for index, progress in enumerate(progresses):
+        states = branches(latents[:, :index], guidance.branches_at(progress))
+        places = torch.full((batch, 1), index, device=cond.device)
+        yield _Turn(index, progress, places, *(None if s is None else s[:, None] for s in states))
+
+
+def _masked_turns(
+    network: Any,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Guidance,
+    latents: Tensor,
+    known: Tensor,
+    passes: int,
+    sources: Sequence[torch.Generator],
+) -> Iterator[_Turn]:
+    """Sets of tokens in a random order of each sample."""
+    length = latents.shape[1]
+    if passes < 1:
+        raise ValueError(f"passes is {passes}, expected at least 1")
+    orders = torch.stack([torch.randperm(length, generator=source) for source in sources])
+    orders = orders.to(cond.device)
+    edges = _cosine_edges(length, passes)
+    progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
+    run = WholeGridPass(_States(network), cond, uncond, guidance, progresses)
+    for index, progress in enumerate(progresses):
+        places = orders[:, edges[index] : edges[index + 1]]
+        states = run.branches(progress, latents, known)
+        chosen = [
+            None if s is None else torch.gather(s, 1, _wide(places, s.shape[2])) for s in states
+        ]
+        yield _Turn(index, progress, places, *chosen)
+
+
+def _cosine_edges(length: int, passes: int) -> list[int]:
+    """How many tokens are drawn after each pass, from 0 to L, by the cosine law; at least one a pass."""
+    passes = min(passes, length)
+    edges = [0]
+    for index in range(1, passes + 1):
+        wanted = length - math.floor(length * math.cos(math.pi / 2 * index / passes))
+        edges.append(min(max(wanted, edges[-1] + 1), length - (passes - index)))
+    return edges
+
+
+@dataclass(frozen=True)
+class _States:
+    """A hybrid network's states as a plain callable for :class:`WholeGridPass`."""
+
+    network: Any
+
+    def encode_condition(self, cond: Tensor) -> Any:
+        return self.network.encode_condition(cond)
+
+    def __call__(self, latents: Tensor, cond: Any, known: Tensor) -> Tensor:
+        states: Tensor = self.network.states(latents, cond, known)
+        return states
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Draws the latents of one turn from their hidden states and noise."""
+
+    network: Any
+    prepared: Callable[[Tensor], Sequence[Callable[[Tensor], Tensor]]]
+    guidance: Guidance
+    guide_at: GuideAt
+    solver: Solver
+    times: Tensor
+
+    def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
+        """Latents (B, k, C) for noise (B, k, C)."""
+        # the schedule runs over the tokens, so within one token the scale stands still
+        scale = self.guidance.scale_at(turn.progress)
+        guidance = Guidance(scale, self.guidance.mitigations)
+        cond_state, uncond_state = turn.cond_state, turn.uncond_state
+        if self.guide_at != "head":
+            name = f"token {turn.index}"
+            extrapolated = combine(self.guidance, turn.progress, cond_state, uncond_state, name)
+            cond_state = extrapolated.out
+            guidance = guidance if self.guide_at == "both" else Guidance(1.0)
+        states = [state for state in (cond_state, uncond_state) if state is not None]
+        if len(states) == 1 or guidance.branches_at(turn.progress) == ("cond",):
+            states, guidance = states[:1], Guidance(1.0)  # nothing to extrapolate
+        denoisers = self.prepared(torch.cat(states))
+        count = len(states)
+
+        def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
+            if count == 1:
+                out = denoisers[index](x)
+                return Guided(out, 1.0, out, None)
+            cond_out, uncond_out = denoisers[index](torch.cat([x, x])).chunk(2)
+            out = guidance.combine(turn.progress, cond_out, uncond_out)
+            return Guided(out, scale, cond_out, uncond_out)
+
+        path, space = self.network.path, self.network.space
+        x = noise * path.coefficients(self.times)[1][0]
+        try:
+            return integrate(evaluate, x, self.times, path, space, self.solver)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"token {turn.index}: {error}") from None
+
+
+def _wide(places: Tensor, width: int) -> Tensor:
+    """Places (B, k) as an index of ``width`` channels (B, k, width)."""
+    return places[..., None].expand(*places.shape, width)

@@ -1,0 +1,298 @@
+"""Guided sampling of masked tokens, many at a time (MaskGIT: Chang et al., arXiv 2202.04200, section 3.2).
+
+Every step predicts all masked tokens at once, from guided logits, draws each of them, and keeps those it is most
+confident of; the others are masked again. The guided distribution serves both: the draw and the confidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from unicfg.guidance.core import Guidance, Scale
+from unicfg.sampling.branches import WholeGridPass, check_guidance, network_and_null
+from unicfg.sampling.randomness import check_seeds, generators, uniform
+from unicfg.sampling.tokens import TokenFilter, draw
+from unicfg.training.dropout import ConditionDropout
+
+Reveal = Literal["cosine", "linear", "arccos", "halton"]
+REVEALS: tuple[Reveal, ...] = get_args(Reveal)
+
+
+class MaskedModel(Protocol):
+    """What ``sample_masked`` asks of a model; ``models.MaskedTransformer`` is one.
+
+    It may have ``encode_condition(cond)``, see :class:`unicfg.sampling.branches.WholeGridPass`.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of one sample."""
+
+    @property
+    def mask_token(self) -> int:
+        """The id that stands for an unknown token."""
+
+    def __call__(self, ids: Tensor, cond: Any) -> Tensor:
+        """Logits (R, L, V) of ids (R, L)."""
+
+
+@dataclass(frozen=True)
+class UnmaskingStep:
+    """What a callback sees after each step.
+
+    Attributes:
+        index: of the step, 0 to steps - 1.
+        progress: share of the tokens that were known before the step, by the schedule; 1 at the last step.
+        scale: s at this step: a float or (B,).
+        ids: tokens (B, L); ``mask_token`` where still unknown.
+        guided: guided logits (B, L, V).
+        cond_out: conditional logits (B, L, V); None where the step did not need them.
+        uncond_out: unconditional logits (B, L, V); None where the step did not need them.
+    """
+
+    index: int
+    progress: float
+    scale: Scale
+    ids: Tensor
+    guided: Tensor
+    cond_out: Tensor | None
+    uncond_out: Tensor | None
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
+def sample_masked(
+    model: ConditionDropout | MaskedModel,
+    cond: Tensor,
+    *,
+    seeds: Sequence[int],
+    guidance: Guidance | None = None,
+    uncond: Tensor | None = None,
+    steps: int = 12,
+    reveal: Reveal = "cosine",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    choice_noise: float = 4.5,
+    init: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Callable[[UnmaskingStep], None] | None = None,
+) -> Tensor:
+    """Draw image tokens in a few parallel steps by extrapolated logits.
+
+    Args:
+        model: a model, or the ``ConditionDropout`` it was trained in, which brings the null condition.
+        cond: condition ids (B, T).
+        seeds: one int a sample. The same seed gives the same image in a batch of any size.
+        guidance: scale, schedule and mitigations; None is ``Guidance(1.0)``, the conditional model.
+        uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
+            ``model`` was trained with.
+        steps: passes; never more than there are tokens to draw.
+        reveal: how many tokens are still masked after a share r of the steps: "cosine" cos(pi r / 2), "linear" 1 - r,
+            "arccos" 2 arccos(r) / pi (arXiv 2202.04200, section 3.3). "halton" reveals as many as "arccos" does, at
+            places that a low-discrepancy sequence fixes, whatever the confidence (Besnier et al., arXiv 2503.17076).
+        temperature: divides the guided logits; 0 takes the most likely tokens.
+        top_k: keep the k most likely tokens, after guidance.
+        top_p: keep the most likely tokens up to this probability, after guidance.
+        choice_noise: Gumbel noise on the log confidence, annealed to 0 over the steps; 0 keeps the most confident.
+        init: tokens to inpaint, (B, L) or (B, h, w), or one sample's (L,), (h, w) for all.
+        mask: bool, True where to draw anew: a shape of ``init``. The rest of ``init`` is shown to the model and comes
+            back as it is.
+        callback: called with an :class:`UnmaskingStep` after each step.
+
+    Returns:
+        ids (B, L), int64.
+
+    Raises:
+        ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
+        TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
+        FloatingPointError: if the model's outputs leave no token to draw; names the step and the branch.
+
+    Example:
+        >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
+    """
+    network, uncond = network_and_null(model, uncond)
+    guidance = check_guidance(guidance)
+    choose = TokenFilter(temperature, top_k, top_p)
+    _check_options(steps, reveal, choice_noise)
+    batch = len(cond)
+    sources = generators(check_seeds(seeds, batch))
+    ids = _start(network, batch, init, mask, cond.device)
+    masked = ids == network.mask_token
+    counts = reveal_counts(masked.sum(1), steps, reveal)
+    steps = len(counts)
+    shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
+    progresses = [share / max(shares[-1], 1e-12) for share in shares]
+    run = WholeGridPass(network, cond, uncond, guidance, progresses)
+    places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
+    for index, progress in enumerate(progresses):
+        guided = run(progress, f"step {index}", ids)
+        noise = uniform(sources, (2, network.num_tokens)).to(cond.device)
+        logits = _drawable(guided.out, masked, index)
+        probabilities = choose(logits)
+        drawn = draw(probabilities, noise[:, 0])
+        if places is None:
+            chosen = probabilities.gather(-1, drawn[..., None]).squeeze(-1).double()
+            gumbel = -(-noise[:, 1].clamp(min=1e-300).log()).log()
+            score = chosen.log() + choice_noise * (1 - (index + 1) / steps) * gumbel
+        else:
+            score = -places.double().expand_as(ids)
+        kept = _highest(score, masked, counts[index])
+        ids = torch.where(kept, drawn, ids)
+        masked = masked & ~kept
+        if callback is not None:
+            callback(
+                UnmaskingStep(
+                    index,
+                    progress,
+                    guided.scale,
+                    ids,
+                    guided.out,
+                    guided.cond_out,
+                    guided.uncond_out,
+                )
+            )
+    return ids
+
+
+def masked_share(reveal: Reveal, r: float) -> float:
+    """Share of the tokens that is still masked after a share ``r`` of the steps."""
+    if reveal == "cosine":
+        return math.cos(math.pi / 2 * r)
+    if reveal == "linear":
+        return 1 - r
+    return 2 / math.pi * math.acos(r)
+
+
+def reveal_counts(masked: Tensor, steps: int, reveal: Reveal) -> list[Tensor]:
+    """How many tokens each step reveals.
+
+    Args:
+        masked: number of masked tokens of each sample (B,).
+        steps: at most so many; fewer if there are fewer tokens.
+        reveal: the schedule.
+
+    Returns:
+        one (B,) a step; every sample reveals at least one token a step until it has none left, and the rest at the
+        last.
+    """
+    most = int(masked.max()) if len(masked) else 0
+    steps = min(steps, most)
+    counts, left = [], masked
+    for index in range(steps):
+        share = masked_share(reveal, (index + 1) / steps) if index + 1 < steps else 0.0
+        wanted = (masked * share).floor().long()
+        after = torch.minimum(wanted, (left - 1).clamp(min=0))
+        counts.append(left - after)
+        left = after
+    return counts
+
+
+def halton_order(length: int) -> Tensor:
+    """The step at which each place of a square grid is visited by a Halton sequence, (L,), a permutation.
+
+    Points (radical inverse in base 2, in base 3) fall on the grid's cells one after another, evenly spread from the
+    first few on; a cell that was visited before is passed over.
+
+    Raises:
+        ValueError: if ``length`` is no square number.
+    """
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ValueError(f"the model has {length} tokens, expected a square number for 'halton'")
+    rank = [-1] * length
+    point, visited = 1, 0
+    while visited < length:
+        row, column = int(_radical_inverse(point, 2) * side), int(_radical_inverse(point, 3) * side)
+        if rank[row * side + column] < 0:
+            rank[row * side + column] = visited
+            visited += 1
+        point += 1
+    return torch.tensor(rank)
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of a number mirrored at the point: 6 = 110 in base 2 becomes 0.011."""
+    inverse, unit = 0.0, 1.0 / base
+    while number:
+        number, digit = divmod(number, base)
+        inverse += digit * unit
+        unit /= base
+    return inverse
+
+
+def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """True at the ``count`` (B,) highest scores (B, L) of each row, looking only where ``among`` is True."""
+    order = score.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank.scatter_(1, order, places)
+    return among & (rank < count[:, None].to(rank.device))
+
+
+def _drawable(logits: Tensor, masked: Tensor, index: int) -> Tensor:
+    """The logits (B, L, V), if there is something to draw wherever it is needed.
+
+    Raises:
+        FloatingPointError: if all logits of a masked token are -inf.
+    """
+    empty = logits.amax(-1).isneginf()
+    if bool((empty & masked).any()):
+        raise FloatingPointError(
+            f"no token can be drawn at step {index}: the guided logits mask every one"
+        )
+    return logits.masked_fill(empty[..., None], 0.0)  # known tokens are drawn in vain, but drawn
+
+
+def _start(
+    network: Any, batch: int, init: Tensor | None, mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """The ids (B, L) to begin with: all masked, or those of ``init`` where ``mask`` is False."""
+    length, unknown = network.num_tokens, network.mask_token
+    if init is None and mask is None:
+        return torch.full((batch, length), unknown, dtype=torch.long, device=device)
+    if init is None or mask is None:
+        missing = "init" if init is None else "mask"
+        raise ValueError(f"{missing} is None, expected both init and mask, or neither")
+    if init.is_floating_point() or init.dtype == torch.bool:
+        raise TypeError(f"init is {init.dtype}, expected token ids")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}, expected bool, True where to draw anew")
+    given = _rows("init", init, batch, length).to(device)
+    anew = _rows("mask", mask, batch, length).to(device)
+    known = given[~anew]
+    if known.numel() and not (int(known.min()) >= 0 and int(known.max()) < unknown):
+        raise ValueError(
+            f"init holds ids from {int(known.min())} to {int(known.max())}, "
+            f"expected 0 to {unknown - 1}"
+        )
+    return given.long().masked_fill(anew, unknown)
+
+
+def _rows(name: str, value: Tensor, batch: int, length: int) -> Tensor:
+    """A value for each token as (B, L)."""
+    if value.numel() == length and value.shape[0] != batch:
+        return value.reshape(1, length).expand(batch, length)
+    if value.ndim in (2, 3) and value.shape[0] == batch and value.numel() == batch * length:
+        return value.reshape(batch, length)
+    if value.numel() == length:
+        return value.reshape(1, length).expand(batch, length)
+    side = math.isqrt(length)
+    raise ValueError(
+        f"{name} has shape {tuple(value.shape)}, expected ({length},), ({batch}, {length}), "
+        f"({side}, {side}) or ({batch}, {side}, {side})"
+    )
+
+
+def _check_options(steps: int, reveal: str, choice_noise: float) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected an int of at least 1")
+    if reveal not in REVEALS:
+        raise ValueError(f"reveal is {reveal!r}, expected one of {', '.join(REVEALS)}")
+    if not (math.isfinite(choice_noise) and choice_noise >= 0):
+        raise ValueError(f"choice_noise is {choice_noise}, expected a finite number >= 0")

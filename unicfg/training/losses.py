@@ -1,0 +1,165 @@
+"""The training loss of every family: ``loss(model, data, cond, generator) -> scalar``.
+
+``model`` is called as ``model(x, cond, ...)``, so it may be the bare network or its ``ConditionDropout``. All random
+numbers come from ``generator``, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unicfg.guidance.spaces import Space, join
+from unicfg.sampling.paths import Path, shift_time
+
+
+def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
+    """Mean cross-entropy of image tokens (B, L) under a causal token model, in nats a token."""
+    logits = model(ids, cond)
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+def masked_loss(
+    model: nn.Module, ids: Tensor, cond: Tensor, mask_token: int, generator: torch.Generator
+) -> Tensor:
+    """Cross-entropy of the masked ones of image tokens (B, L), in nats a masked token.
+
+    The share to mask is cos(pi u / 2) with u uniform for each sample, at least one token (Chang et al.,
+    arXiv 2202.04200, section 3.3).
+    """
+    masked = random_mask(ids.shape, generator).to(ids.device)
+    logits = model(ids.masked_fill(masked, mask_token), cond)
+    return F.cross_entropy(logits[masked].float(), ids[masked])
+
+
+def random_mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Which tokens to hide, bool (B, L), by the cosine law of MaskGIT."""
+    batch, length = shape
+    share = torch.cos(math.pi / 2 * stratified(batch, generator))
+    count = (share * length).ceil().clamp(1, length)
+    rank = torch.rand(batch, length, generator=generator).argsort(1).argsort(1)
+    return rank < count[:, None]
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in (0, 1), one from each of ``count`` equal parts, in random order.
+
+    Each alone is uniform, and a batch covers the whole range: the loss has less variance (Kingma et al.,
+    arXiv 2107.00630, appendix I.1).
+    """
+    inside = torch.rand(count, generator=generator, dtype=torch.float64)
+    order = torch.randperm(count, generator=generator)
+    return ((order + inside) / count).clamp(1e-6, 1 - 1e-6).float()
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How noisy samples are made for training, and how the errors on them are weighed.
+
+    Attributes:
+        path: from data to noise.
+        space: what the model predicts.
+        time: how t is drawn: uniform, or the sigmoid of a standard normal (Esser et al., arXiv 2403.03206, eq. 19).
+        shift: moves t towards the noise (there, equation 23); 1 leaves it.
+        min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556, section 3.4); None weighs all t alike.
+    """
+
+    path: Path
+    space: Space
+    time: Literal["uniform", "logit-normal"] = "uniform"
+    shift: float = 1.0
+    min_snr: float | None = None
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times (count,), stratified."""
+        t = stratified(count, generator)
+        if self.time == "logit-normal":
+            t = torch.special.ndtri(t).sigmoid()
+        return shift_time(t, self.shift)
+
+    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Weight of the squared error at a noise level.
+
+        Min-SNR weighs the error of x0 by min(SNR, gamma); the other spaces' errors are multiples of that one.
+        """
+        if self.min_snr is None:
+            return torch.ones_like(alpha)
+        ratio = (alpha / sigma).square()
+        capped = ratio.clamp(max=self.min_snr)
+        # |error of x0|^2 in terms of the error in each space
+        per_space = {
+            "x0": torch.ones_like(ratio),
+            "eps": 1 / ratio,
+            "v": sigma.square() / (alpha.square() + sigma.square()).square(),
+            "flow": (sigma / (alpha + sigma)).square(),
+            "score": sigma.pow(4) / alpha.square(),
+        }
+        return capped * per_space[self.space]
+
+
+def denoising_loss(
+    model: nn.Module, latents: Tensor, cond: Tensor, noising: Noising, generator: torch.Generator
+) -> Tensor:
+    """Weighted squared error of a denoiser's predictions, for latents (B, C, h, w)."""
+    t = noising.draw_times(len(latents), generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    t, noise = t.to(latents.device), noise.to(latents.device)
+    alpha, sigma = noising.path.coefficients(t.view(-1, *[1] * (latents.ndim - 1)))
+    out = model(alpha * latents + sigma * noise, cond, t)
+    return _squared_error(out, latents, noise, alpha, sigma, noising)
+
+
+def hybrid_loss(
+    model: nn.Module,
+    latents: Tensor,
+    cond: Tensor,
+    noising: Noising,
+    draws: int,
+    masked: bool,
+    generator: torch.Generator,
+) -> Tensor:
+    """Weighted squared error of a hybrid's head, for latents (B, L, C).
+
+    The transformer runs once and the small head ``draws`` times on its states, with noise of its own each time
+    (Li et al., arXiv 2406.11838, section 4.1).
+
+    Args:
+        model: called as ``model(latents, cond, noisy, t, known)``.
+        latents: clean latents (B, L, C).
+        cond: condition ids (B, T).
+        noising: for the head.
+        draws: K, noisy versions of each latent.
+        masked: train the masked order: some latents are hidden, and only these are counted.
+        generator: of all random numbers.
+    """
+    batch, length, _ = latents.shape
+    t = noising.draw_times(draws * batch * length, generator).view(draws, batch, length)
+    noise = torch.randn((draws, *latents.shape), generator=generator)
+    hidden = random_mask(latents.shape[:2], generator).to(latents.device) if masked else None
+    t, noise = t.to(latents.device), noise.to(latents.device)
+    alpha, sigma = noising.path.coefficients(t[..., None])
+    known = None if hidden is None else ~hidden
+    out = model(latents, cond, alpha * latents + sigma * noise, t, known)
+    target = latents.expand_as(noise)
+    if hidden is None:
+        return _squared_error(out, target, noise, alpha, sigma, noising)
+    return _squared_error(
+        out[:, hidden],
+        target[:, hidden],
+        noise[:, hidden],
+        alpha[:, hidden],
+        sigma[:, hidden],
+        noising,
+    )
+
+
+def _squared_error(
+    out: Tensor, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, noising: Noising
+) -> Tensor:
+    target = join(x0, eps, alpha, sigma, noising.space)
+    return (noising.weight(alpha, sigma) * (out.float() - target).square()).mean()
