@@ -52,8 +52,8 @@ class DiffusionHead(nn.Module):
         condition_width: int,
         width: int = 256,
         depth: int = 3,
-        path: str = "cosine",
-        space: str = "eps",
+        path: str = "straight",
+        space: str = "flow",
     ) -> None:
         super().__init__()
         self.path, self.space = check_path_and_space(path, space)
@@ -159,8 +159,8 @@ class HybridTransformerConfig(BodyConfig):
     order: Literal["causal", "masked"] = "causal"  # one token after another, or sets in any order
     head_width: int = 128
     head_depth: int = 3
-    path: str = "cosine"
-    space: str = "eps"
+    path: str = "straight"  # cosine and eps are what the paper has
+    space: str = "flow"
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -171,7 +171,7 @@ class TextToImage:
                     f"its options are {', '.join(OPTIONS[self.family])}"
                 )
         known: dict[str, Any] = self._known_region(
-            given.pop("init_image", None), given.pop("mask", None)
+            given.pop("init_image", None), given.pop("mask", None), len(prompts)
         )
         shared: dict[str, Any] = {"seeds": seeds, "guidance": guidance, "callback": callback}
         cond = self.encode_prompts(prompts)
@@ -206,7 +206,7 @@ class TextToImage:
         return tokens.unflatten(1, (side, side))
 
     def _known_region(
-        self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None
+        self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None, batch: int
     ) -> dict[str, Any]:
         """The samplers' ``init`` and ``mask`` for an image and a mask in pixels."""
         if image is None and mask is None:
@@ -217,9 +217,10 @@ class TextToImage:
         size, factor = self.tokenizer.config.image_size, self.tokenizer.config.factor
         pixels = from_image(image) if isinstance(image, Image.Image) else image
         pixels = pixels if pixels.ndim == 4 else pixels[None]
-        if pixels.shape[1:] != (3, size, size):
+        if pixels.shape[1:] != (3, size, size) or len(pixels) not in (1, batch):
             raise ValueError(
-                f"init_image has shape {tuple(pixels.shape)}, expected (3, {size}, {size})"
+                f"init_image has shape {tuple(pixels.shape)}, expected (3, {size}, {size}), "
+                f"or ({batch}, 3, {size}, {size})"
             )
         if isinstance(mask, Image.Image):
             mask = torch.from_numpy(np.array(mask.convert("L"))) >= 128
@@ -232,7 +233,8 @@ class TextToImage:
         cells = F.max_pool2d(mask[None, None].float(), factor)[0, 0].bool().to(self.device)
         pixels = pixels.to(self.device)
         encode = self.tokenizer.encode if self.family == "masked" else self.tokenizer.encode_latents
-        return {"init": encode(pixels), "mask": cells}
+        init = encode(pixels)
+        return {"init": init.expand(batch, *init.shape[1:]), "mask": cells}
 
     def __call__(
         self,

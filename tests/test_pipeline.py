@@ -97,7 +97,7 @@ def test_names_that_are_nowhere_and_folders_that_are_wrong(folder, tmp_path):
         TextToImage.from_pretrained("nothing")
     with pytest.raises(FileNotFoundError, match="no pipeline at"):
         TextToImage.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds the families \['ar'\], not 'flow'"):
+    with pytest.raises(ValueError, match="holds the families ar, not flow"):
         TextToImage.from_pretrained(folder, family="flow")
     pipeline().save_pretrained(tmp_path / "new")
     description = tmp_path / "new/pipeline.json"

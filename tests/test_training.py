@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from models import TextToImage
+from models.pipeline import held_families
 from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import write_atomically
 from unicfg import Guidance
@@ -98,7 +99,12 @@ def test_a_recipe_is_read_with_its_types(tmp_path):
         ({"model": {"training": {"clip": -1}}}, "clip is -1"),
         ({"model": {"condition_dropout": 2}}, "condition_dropout is 2"),
         ({"model": 3}, "model is 3, expected a section"),
-        ({"model": {"family": "gan"}}, "model.family"),
+        (
+            {"model": {"family": "gan"}},
+            "family is 'gan', expected one of ar, masked, diffusion, flow",
+        ),
+        ({"families": {"gan": {}}}, "family is 'gan'"),
+        ({"families": {"ar": 3}}, "families: 3, expected a section"),
         ({"model": {"training": {"steps": 0}}}, "steps is 0, expected at least 1"),
         ({"model": {"training": {"ema": 1.0}}}, r"ema is 1\.0"),
     ],
@@ -298,12 +304,17 @@ def kill_when(command, file):
         process.send_signal(signal.SIGKILL)
 
 
+def with_muon(values):
+    values["model"]["training"] |= {"optimizer": "muon"}
+    return values
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    """Weights, average, optimizer, data order, dropout draws, log: bit-equal after two kills."""
-    whole = write_recipe(tmp_path, tiny_recipe(tmp_path / "whole", steps=12))
+    """Weights, average, both optimizers, data order, dropout draws, log: bit-equal after two kills."""
+    whole = write_recipe(tmp_path, with_muon(tiny_recipe(tmp_path / "whole", steps=12)))
     assert run(whole).returncode == 0
     out = tmp_path / "killed"
-    recipe = write_recipe(tmp_path, tiny_recipe(out, steps=12))
+    recipe = write_recipe(tmp_path, with_muon(tiny_recipe(out, steps=12)))
     command = [sys.executable, "-m", "unicfg", "train", str(recipe), "--resume"]
     for stage in ("tokenizer", "ar"):
         kill_when(command, out / f"logs/{stage}/checkpoints/step-00000004.safetensors")
@@ -372,12 +383,74 @@ def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
     report = next(line for line in lines if "psnr" in line)
     assert {"codebook_usage", "codebook_perplexity"} <= report.keys()
     assert TextToImage.from_pretrained(out)(["a red circle"], seeds=[0])[0].size == (16, 16)
-    codes = {name: load_file(out / f"codes/{name}.safetensors") for name in ("train", "validation")}
+    files = {"train": "train-2x1", "validation": "validation-1x1"}
+    codes = {name: load_file(out / f"codes/{file}.safetensors") for name, file in files.items()}
     images = sum(len(c["ids"]) for c in codes.values()) - len(codes["train"]["ids"]) // 2
     assert images == 40 and len(codes["train"]["text"]) == len(codes["train"]["ids"])
     refused = run(file)
-    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    assert refused.returncode == 2 and "holds a run of the family ar already" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("family", ["masked", "diffusion", "flow", "hybrid"])
+def test_every_family_joins_a_run_and_resumes_exactly(tmp_path, family):
+    """Added to the folder of an ar run, it shares the tokenizer; losing its end changes nothing."""
+    out = tmp_path / "run"
+    file = write_recipe(tmp_path, tiny_recipe(out, steps=4))
+    train(load_recipe(file))
+    tokenizer = (out / "tokenizer/model.safetensors").read_bytes()
+    train(load_recipe(file, family))
+    assert (out / "tokenizer/model.safetensors").read_bytes() == tokenizer
+    assert (out / f"pictures/{family}-000004.png").exists()
+    assert held_families(out) == ["ar", family]
+    whole = load_file(out / family / "model.safetensors")
+    (out / f"logs/{family}/checkpoints/step-00000004.safetensors").unlink()
+    shutil.rmtree(out / family)
+    train(load_recipe(file, family), resume=True)
+    again = load_file(out / family / "model.safetensors")
+    assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
+    pipe = TextToImage.from_pretrained(out, family)
+    assert pipe(["a red circle"], seeds=[0], guidance=Guidance(2.0))[0].size == (16, 16)
+
+
+def test_a_family_does_not_join_a_run_with_another_tokenizer(tmp_path):
+    values = tiny_recipe(tmp_path / "run", steps=1)
+    train(load_recipe(write_recipe(tmp_path, values)))
+    values["tokenizer"]["width"] = 32
+    with pytest.raises(ValueError, match=r"cannot add to .*tokenizer/width was 16, now 32"):
+        train(load_recipe(write_recipe(tmp_path, values), "flow"))
+
+
+def test_what_a_family_has_of_its_own_replaces_the_shared_settings(tmp_path):
+    values = tiny_recipe(tmp_path / "run")
+    values["families"] = {"flow": {"patch": 2, "training": {"batch_size": 3}}, "masked": {}}
+    file = write_recipe(tmp_path, values)
+    flow, ar = load_recipe(file, "flow").model, load_recipe(file).model
+    assert (flow.family, flow.patch, flow.training.batch_size) == ("flow", 2, 3)
+    assert flow.width == ar.width == 32 and flow.training.steps == ar.training.steps
+    assert (ar.family, ar.patch, ar.training.batch_size) == ("ar", 1, 8)
+    values["model"]["family"] = "flow"
+    assert load_recipe(write_recipe(tmp_path, values)).model == flow
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("ar", {"patch": 2}, "patch is 2, expected 1 for the family ar"),
+        ("flow", {"noise": {"space": "v"}}, "expected 'straight' and 'flow' for the family flow"),
+        ("diffusion", {"noise": {"space": "x"}}, "space is 'x', expected one of eps, x0, v"),
+        ("diffusion", {"noise": {"path": "sine"}}, "path is 'sine', expected one of 'straight'"),
+        ("diffusion", {"noise": {"path": "linear to zero", "space": "eps"}}, "ends in pure noise"),
+        ("diffusion", {"patch": 3}, "patch is 3, expected a divisor of the grid 4"),
+        ("hybrid", {"head": {"depth": 0}}, "head_depth is 0, expected at least 1"),
+    ],
+)
+def test_settings_that_no_family_can_have_are_refused(tmp_path, family, change, message):
+    values = tiny_recipe(tmp_path / "x")
+    values["model"] |= change
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(write_recipe(tmp_path, values), family))
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_image_size_that_is_no_multiple_of_the_factor_is_refused(tmp_path):

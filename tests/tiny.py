@@ -2,7 +2,17 @@
 
 import torch
 
-from models import TextToImage, TextTokenizer, TokenTransformer, TokenTransformerConfig
+from models import (
+    HybridTransformer,
+    HybridTransformerConfig,
+    LatentDenoiser,
+    LatentDenoiserConfig,
+    MaskedTransformer,
+    TextToImage,
+    TextTokenizer,
+    TokenTransformer,
+    TokenTransformerConfig,
+)
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig
 from unicfg import ConditionDropout
 
@@ -27,11 +37,49 @@ def wrapped_transformer(seed: int = 0, **changes) -> ConditionDropout:
     return ConditionDropout(model, null).eval()
 
 
-def pipeline(seed: int = 0) -> TextToImage:
+FAMILIES = ["ar", "masked", "diffusion", "flow", "hybrid"]
+CLASSES = {
+    "ar": (TokenTransformer, TokenTransformerConfig, {"codebook_size": 24}),
+    "masked": (MaskedTransformer, TokenTransformerConfig, {"codebook_size": 24}),
+    "diffusion": (LatentDenoiser, LatentDenoiserConfig, {"latent_channels": 2}),
+    "flow": (
+        LatentDenoiser,
+        LatentDenoiserConfig,
+        {"latent_channels": 2, "patch": 2, "path": "straight", "space": "flow"},
+    ),
+    "hybrid": (
+        HybridTransformer,
+        HybridTransformerConfig,
+        {"latent_channels": 2, "head_width": 16, "head_depth": 2},
+    ),
+}
+
+
+def network(family: str, seed: int = 0, **changes) -> torch.nn.Module:
+    """A random network of any family, its zero layers and all others large enough to matter."""
+    torch.manual_seed(seed)
+    cls, config, own = CLASSES[family]
+    sizes = {"grid": 4, "condition_vocabulary": 12, "condition_length": 3, "width": 32}
+    model = cls(config(**(sizes | {"depth": 2, "heads": 4} | own | changes))).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            factor = 6.0 if family in ("ar", "masked") else 2.0
+            zero = not parameter.any()
+            parameter.data = 0.3 * torch.randn_like(parameter) if zero else factor * parameter.data
+    return model
+
+
+def wrapped(family: str, seed: int = 0, **changes) -> ConditionDropout:
+    model = network(family, seed, **changes)
+    null = torch.zeros(model.config.condition_length, dtype=torch.long)
+    return ConditionDropout(model, null).eval()
+
+
+def pipeline(seed: int = 0, family: str = "ar") -> TextToImage:
     torch.manual_seed(seed)
     tokenizer = VQTokenizer(VQTokenizerConfig(16, 4, width=16, depth=1, levels=(5, 5)))
     text = TextTokenizer.train(CAPTIONS, vocabulary=300, length=12)
-    model = transformer(
-        seed, codebook_size=25, condition_vocabulary=text.vocabulary, condition_length=12
-    )
-    return TextToImage(text, ConditionDropout(model, text.null_condition), tokenizer)
+    sizes = {"condition_vocabulary": text.vocabulary, "condition_length": 12}
+    sizes |= {"codebook_size": 25} if family in ("ar", "masked") else {}
+    model = network(family, seed, **sizes)
+    return TextToImage(text, ConditionDropout(model, text.null_condition), tokenizer, family)

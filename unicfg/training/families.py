@@ -84,7 +84,7 @@ def _path_and_space(recipe: ModelRecipe) -> tuple[str, str]:
     usual = {
         "diffusion": ("cosine", "v"),
         "flow": ("straight", "flow"),
-        "hybrid": ("cosine", "eps"),
+        "hybrid": ("straight", "flow"),
     }[recipe.family]
     path, space = recipe.noise.path or usual[0], recipe.noise.space or usual[1]
     if recipe.family == "flow" and (path, space) != usual:

@@ -105,8 +105,10 @@ class TextRecipe:
 class NoiseRecipe:
     """Diffusion, flow and hybrid: how noise is added in training, and what is predicted. None: as the family does."""
 
-    path: str | None = None  # a key of sampling.paths.PATHS; cosine, for flow straight
-    space: str | None = None  # eps, x0, v, flow or score; diffusion v, hybrid eps, flow flow
+    path: str | None = (
+        None  # a key of sampling.paths.PATHS; diffusion cosine, flow and hybrid straight
+    )
+    space: str | None = None  # eps, x0, v, flow or score; diffusion v, flow and hybrid flow
     time: Literal["uniform", "logit-normal"] | None = None  # uniform, for flow logit-normal
     shift: float = 1.0  # moves times towards the noise
     min_snr: float | None = None  # gamma of min-SNR weighting
@@ -201,8 +203,9 @@ def _with_family(values: dict[str, Any], family: str | None, where: str) -> dict
     own = values.get("families", {})
     model = values.get("model", {})
     values = {key: value for key, value in values.items() if key != "families"}
-    if not isinstance(own, dict) or not isinstance(model, dict):
-        raise ValueError(f"{where}: expected model and families to be sections of keys")
+    for key, section in (("model", model), ("families", own)):
+        if not isinstance(section, dict):
+            raise ValueError(f"{where}: {key} is {section!r}, expected a section of keys")
     chosen = family or model.get("family", ModelRecipe.family)
     for name in (*own, chosen):
         if name not in FAMILIES:

@@ -1,0 +1,496 @@
+"""What holds for every family: guidance, seeds, rows, saving; and each network against itself by another road."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CAPTIONS, FAMILIES, network, pipeline, wrapped
+
+from models import DiffusionHead, TextToImage
+from models.blocks import TimeEmbedding
+from models.pipeline import OPTIONS, held_families
+from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
+from unicfg.guidance.schedules import interval
+from unicfg.guidance.spaces import SPACES, join
+from unicfg.sampling import cosine, straight
+from unicfg.training.losses import (
+    Noising,
+    denoising_loss,
+    hybrid_loss,
+    masked_loss,
+    random_mask,
+    stratified,
+)
+
+COND = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 1, 2]])
+SEEDS = [5, 6, 7]
+
+
+def draw(family, model, cond=COND, seeds=SEEDS, **options):
+    """The family's sampler, in few steps."""
+    if family == "ar":
+        return sample_autoregressive(model, cond, seeds=seeds, **options)
+    if family == "masked":
+        return sample_masked(model, cond, seeds=seeds, steps=5, **options)
+    if family == "hybrid":
+        return sample_hybrid(model, cond, seeds=seeds, steps=4, **options)
+    return sample_diffusion(model, cond, seeds=seeds, steps=6, **options)
+
+
+def close(a, b):
+    """Equal tokens, or latents within rounding."""
+    return torch.equal(a, b) if not a.is_floating_point() else torch.allclose(a, b, atol=2e-4)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_scale_1_is_the_unguided_sampler_bit_for_bit(family):
+    model = wrapped(family)
+    bare = draw(family, model.model)  # knows of no null condition
+    assert torch.equal(draw(family, model, guidance=Guidance(1.0)), bare)
+    assert torch.equal(draw(family, model, guidance=Guidance(torch.ones(3))), bare)
+
+
+def test_scale_0_is_sampling_under_the_null_condition(family):
+    model = wrapped(family)
+    null = model.null_condition.expand(3, -1)
+    # the ar cache is filled by one row for all, which rounds differently from three
+    assert close(draw(family, model, guidance=Guidance(0.0)), draw(family, model.model, null))
+
+
+def test_guidance_changes_what_is_drawn(family):
+    model = wrapped(family)
+    assert not close(draw(family, model), draw(family, model, guidance=Guidance(4.0)))
+
+
+def test_a_batched_pass_equals_two_passes(family, monkeypatch):
+    """The network is made to run each half of its rows alone."""
+    model = wrapped(family)
+    batched = draw(family, model, guidance=Guidance(3.0))
+    body = model.model.body
+    whole, extend = body.forward, body.extend
+
+    def halves(x, cond, mask=None, modulations=None):
+        b, encoded = len(x) // 2, body.encode_condition(cond)
+        rows = [(0, b), (b, 2 * b)]
+        parts = []
+        for start, stop in rows:
+            part = modulations and [
+                tuple(type(half)(*(v[start:stop] for v in half)) for half in pair)
+                for pair in modulations
+            ]
+            parts.append(whole(x[start:stop], encoded.rows(start, stop), mask, part))
+        return torch.cat(parts)
+
+    def cached_halves(x, cache):
+        b, length = len(x) // 2, cache.length
+        parts = []
+        for start, stop in ((0, b), (b, 2 * b)):
+            view = cache.rows(start, stop)
+            view.length = length
+            parts.append(extend(x[start:stop], view))
+        cache.length = length + x.shape[1]
+        return torch.cat(parts)
+
+    monkeypatch.setattr(body, "forward", halves)
+    if family in ("ar", "hybrid"):
+        monkeypatch.setattr(
+            "models.body.Body.extend", lambda self, x, cache: cached_halves(x, cache)
+        )
+        monkeypatch.setattr("models.body.pack", lambda network: network)
+    assert close(draw(family, model, guidance=Guidance(3.0)), batched)
+
+
+def count_rows(model, family, monkeypatch, guidance):
+    """Rows of every pass through the body, condition prefixes apart."""
+    rows = []
+    body = type(model.model.body)
+    forward, extend = body.forward, body.extend
+
+    def counted(self, x, *args):
+        rows.append(len(x))
+        return forward(self, x, *args)
+
+    def counted_extend(self, x, cache):
+        rows.append(len(x))
+        return extend(self, x, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(body, "forward", counted)
+        patch.setattr(body, "extend", counted_extend)
+        draw(family, model, guidance=guidance)
+    return rows
+
+
+def test_guidance_costs_rows_not_passes_and_only_where_it_is_used(family, monkeypatch):
+    model = wrapped(family)
+    plain = count_rows(model, family, monkeypatch, Guidance(1.0))
+    assert set(plain) == {3}
+    assert count_rows(model, family, monkeypatch, Guidance(0.0)) == plain
+    guided = count_rows(model, family, monkeypatch, Guidance(3.0))
+    assert len(guided) == len(plain) and set(guided) == {6}
+    late = count_rows(model, family, monkeypatch, Guidance(interval(3.0, 0.5, 1.0)))
+    assert (3 in late and 6 in late) or late.count(3) > len(plain)  # a late branch catches up alone
+    assert sum(plain) < sum(late) < sum(guided) or family in ("ar", "hybrid")
+
+
+def test_the_seed_alone_decides_in_any_batch(family):
+    model, guidance = wrapped(family), Guidance(3.0)
+    together = draw(family, model, guidance=guidance)
+    for i, seed in enumerate(SEEDS):
+        alone = draw(family, model, COND[i : i + 1], [seed], guidance=guidance)
+        assert close(alone, together[i : i + 1])
+    assert torch.equal(draw(family, model, guidance=guidance), together)
+    assert not close(draw(family, model, seeds=[1, 2, 3], guidance=guidance), together)
+
+
+def test_a_scale_for_each_sample(family):
+    model = wrapped(family)
+    mixed = draw(family, model, guidance=Guidance(torch.tensor([1.0, 3.0, 0.0])))
+    for i, s in enumerate((1.0, 3.0, 0.0)):
+        assert close(draw(family, model, guidance=Guidance(s))[i : i + 1], mixed[i : i + 1])
+
+
+def test_conditions_are_encoded_once_per_sampling(family, monkeypatch):
+    model, calls = wrapped(family), []
+    prefix = type(model.model.body.prefix)
+    forward = prefix.forward
+    monkeypatch.setattr(
+        prefix, "forward", lambda self, cond: (calls.append(len(cond)), forward(self, cond))[1]
+    )
+    draw(family, model, guidance=Guidance(3.0))
+    assert sum(calls) <= 6 and len(calls) <= 2
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_nan_stops_with_the_step_and_the_branch(family, branch):
+    model = wrapped(family)
+    token = 9 if branch == "cond" else 0
+    model.model.body.prefix.embedding.weight.data[token] = math.nan
+    with pytest.raises(FloatingPointError, match=rf"(step|token) 0.*'{branch}'"):
+        draw(family, model, guidance=Guidance(3.0))
+
+
+def test_a_callback_sees_progress_from_0_to_1(family):
+    steps = []
+    draw(family, wrapped(family), guidance=Guidance(2.0), callback=steps.append)
+    progress = [step.progress for step in steps]
+    assert progress[0] == 0 and progress[-1] == pytest.approx(1)
+    assert progress == sorted(progress) and [step.index for step in steps] == list(
+        range(len(steps))
+    )
+    assert all(step.scale == 2.0 for step in steps)
+
+
+# pipelines
+
+
+def same(a, b):
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+def test_one_folder_holds_all_families_and_each_draws_the_same_again(tmp_path):
+    images = {}
+    for family in FAMILIES:
+        pipe = pipeline(family=family)
+        pipe.save_pretrained(tmp_path)
+        images[family] = pipe(CAPTIONS, seeds=[0, 1, 2, 3], guidance=Guidance(2.0))
+    assert held_families(tmp_path) == FAMILIES
+    for family in FAMILIES:
+        loaded = TextToImage.from_pretrained(tmp_path, family)
+        drawn = loaded(CAPTIONS, seeds=[0, 1, 2, 3], guidance=Guidance(2.0))
+        assert same(drawn, images[family])
+        alone = loaded(CAPTIONS[1:2], seeds=[1], guidance=Guidance(2.0))
+        assert np.abs(np.subtract(alone[0], images[family][1], dtype=float)).max() <= 1
+
+
+def test_an_option_of_another_family_is_refused(family):
+    pipe = pipeline(family=family)
+    values = {"steps": 3, "solver": "heun", "reveal": "linear", "temperature": 0.5, "top_k": 3}
+    for name, value in values.items():
+        if name in OPTIONS[family]:
+            pipe(CAPTIONS[:1], seeds=[0], **{name: value})
+        else:
+            with pytest.raises(ValueError, match=f"{name} is .*, which the family {family} does"):
+                pipe(CAPTIONS[:1], seeds=[0], **{name: value})
+
+
+@pytest.mark.parametrize("family", ["masked", "diffusion", "flow"])
+def test_inpainting_redraws_the_masked_part_alone(family):
+    pipe = pipeline(family=family)
+    (image,) = pipe(CAPTIONS[:1], seeds=[3])
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:, 8:] = True
+    options = {"init_image": image, "mask": mask, "guidance": Guidance(3.0)}
+    steps = []
+    drawn = pipe(CAPTIONS[:2], seeds=[0, 1], callback=steps.append, **options)
+    assert not same(drawn[:1], drawn[1:])
+    known = pipe._known_region(image, mask, 2)
+    if family == "masked":
+        ids = steps[-1].ids.view(2, 4, 4)
+        assert torch.equal(ids[:, :, :2], known["init"][:, :, :2])
+        assert not torch.equal(ids[0, :, 2:], ids[1, :, 2:])
+    # a picture for a mask, white where to draw anew
+    picture = Image.fromarray((mask.numpy() * 255).astype("uint8"))
+    again = pipe(CAPTIONS[:2], seeds=[0, 1], **(options | {"mask": picture}))
+    assert same(drawn, again)
+
+
+def test_bad_regions_are_refused():
+    pipe = pipeline(family="flow")
+    image, mask = torch.zeros(3, 16, 16), torch.ones(16, 16, dtype=torch.bool)
+    for options, message in (
+        ({"mask": mask}, "init_image is None"),
+        ({"init_image": image}, "mask is None"),
+        ({"init_image": image, "mask": mask[:8]}, r"mask has shape \(8, 16\)"),
+        ({"init_image": image, "mask": mask.float()}, "expected bool"),
+        ({"init_image": image[:, :8], "mask": mask}, "init_image has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(CAPTIONS[:1], seeds=[0], **options)
+
+
+# networks
+
+
+def test_a_new_denoiser_predicts_nothing_and_its_blocks_are_the_identity():
+    torch.manual_seed(0)
+    cls, config = type(network("diffusion")), type(network("diffusion").config)
+    model = cls(config(4, 12, 3, 32, 2, 4, latent_channels=2))
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.equal(model(x, COND, torch.rand(3)), torch.zeros_like(x))
+    for modulation in model.modulations:
+        for by in modulation(torch.randn(3, 1, 32)):
+            assert not by.shift.any() and not by.gate.any() and bool((by.factor == 1).all())
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patches_cover_the_grid_and_keep_its_order(patch):
+    model = network("diffusion", patch=patch)
+    assert model.body.num_tokens == (4 // patch) ** 2
+    x, t = torch.randn(3, 2, 4, 4), torch.rand(3)
+    out = model(x, COND, t)
+    assert out.shape == x.shape
+    # what comes out at a place follows what goes in there most of all
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x, COND, t)[0, :, 0, 0].sum(), x)
+    assert gradient[0].abs().sum() > 0 and not gradient[1:].any()
+
+
+def test_the_encoded_condition_stands_for_the_ids_at_every_time():
+    for family in ("diffusion", "masked"):
+        model = network(family)
+        x = torch.randn(3, 2, 4, 4) if family == "diffusion" else torch.randint(0, 24, (3, 16))
+        for t in (torch.tensor([0.1, 0.5, 0.9]), torch.ones(3)):
+            rest = (t,) if family == "diffusion" else ()
+            a, b = model(x, COND, *rest), model(x, model.encode_condition(COND), *rest)
+            assert torch.equal(a, b)
+
+
+def test_the_denoiser_is_told_the_time():
+    model, x = network("flow"), torch.randn(3, 2, 4, 4)
+    early, late = (model(x, COND, torch.full((3,), t)) for t in (0.2, 0.21))
+    assert not torch.allclose(early, late)
+    embedding = TimeEmbedding(8)
+    assert embedding(torch.rand(5)).shape == (5, 8)
+
+
+def test_a_hybrid_state_has_seen_what_is_before_it_only():
+    model = network("hybrid")
+    latents = torch.randn(3, 16, 2)
+    states = model.states(latents, COND)
+    latents[:, 7] += 1
+    changed = (model.states(latents, COND) != states).any(-1).any(0)
+    assert changed.tolist() == [False] * 8 + [True] * 8
+
+
+def test_cached_states_equal_uncached_ones():
+    model = network("hybrid")
+    latents = torch.randn(3, 16, 2)
+    states = model.states(latents, COND)
+    cache = model.make_cache(3)
+    model.prefill(COND, cache)
+    for n in (0, 1, 2, 9, 15):  # the jumps are chunks of several tokens
+        torch.testing.assert_close(
+            model.decode(latents[:, :n], cache), states[:, n], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_masked_hybrid_sees_known_latents_only():
+    model = network("hybrid", order="masked")
+    latents, known = torch.randn(3, 16, 2), torch.rand(3, 16) < 0.5
+    states = model.states(latents, COND, known)
+    hidden = torch.where(known[..., None], latents, torch.randn(3, 16, 2))
+    assert torch.equal(model.states(hidden, COND, known), states)
+    with pytest.raises(ValueError, match="known is missing"):
+        model.states(latents, COND)
+    drawn = sample_hybrid(model, COND, seeds=SEEDS, steps=3, passes=4)
+    assert drawn.shape == (3, 16, 2) and bool(drawn.isfinite().all())
+
+
+def test_prepared_denoisers_equal_the_head():
+    torch.manual_seed(0)
+    head = network("hybrid").head
+    hidden, x, times = torch.randn(2, 5, 32), torch.randn(2, 5, 2), torch.rand(3)
+    denoisers = head.prepare(times)(hidden)
+    for denoise, t in zip(denoisers, times, strict=True):
+        torch.testing.assert_close(denoise(x), head(x, hidden, t.expand(2, 5)))
+
+
+def test_a_head_on_its_own_is_a_diffusion_model():
+    head = DiffusionHead(2, 32, 16, 2, path="straight", space="flow").eval()
+    hidden = torch.randn(4, 32)
+    drawn = sample_diffusion(
+        head, hidden, uncond=torch.zeros(32), seeds=[0, 1, 2, 3], guidance=Guidance(2.0), steps=4
+    )
+    assert drawn.shape == (4, 2)
+
+
+@pytest.mark.parametrize("guide_at", ["head", "states", "both"])
+def test_where_a_hybrid_is_guided(guide_at):
+    model = wrapped("hybrid")
+    options = {"seeds": SEEDS, "steps": 3, "guide_at": guide_at}
+    plain = sample_hybrid(model, COND, **options)
+    assert torch.equal(plain, sample_hybrid(model.model, COND, seeds=SEEDS, steps=3))
+    guided = sample_hybrid(model, COND, guidance=Guidance(3.0), **options)
+    assert not torch.allclose(plain, guided)
+    heads = []
+    prepare = model.model.head.prepare
+
+    def counted(times):
+        prepared = prepare(times)
+        return lambda hidden: (heads.append(len(hidden)), prepared(hidden))[1]
+
+    model.model.head.prepare = counted
+    sample_hybrid(model, COND, guidance=Guidance(3.0), **options)
+    assert set(heads) == {3 if guide_at == "states" else 6}
+
+
+def test_both_halves_of_a_head_share_their_noise():
+    """With equal conditions the two branches are equal, so no scale changes anything."""
+    model = wrapped("hybrid")
+    same_as_null = model.null_condition.expand(3, -1)
+    a, b = (
+        sample_hybrid(model, same_as_null, seeds=SEEDS, steps=3, guidance=Guidance(s))
+        for s in (1.0, 7.0)
+    )
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guide_at": "tail"}, "guide_at is 'tail', expected one of head, states, both"),
+        ({"steps": 0}, "steps is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"solver": "euler"}, "solver is 'euler', expected one of ddim"),
+    ],
+)
+def test_bad_options_of_a_hybrid(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_hybrid(wrapped("hybrid"), COND, seeds=SEEDS, **options)
+
+
+# losses
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_masked_loss_counts_hidden_tokens_alone_and_hides_them():
+    ids = torch.randint(0, 24, (64, 16), generator=generator())
+    seen = []
+
+    def model(x, cond):
+        seen.append(x)
+        right = torch.nn.functional.one_hot(ids, 24) * 50.0
+        return torch.where((x == 24)[..., None], right, -right)  # wrong wherever it was shown
+
+    assert float(masked_loss(model, ids, None, 24, generator())) < 1e-3
+    hidden = seen[0] == 24
+    assert torch.equal(seen[0][~hidden], ids[~hidden])
+    assert int(hidden.sum(1).min()) >= 1
+
+
+def test_the_share_of_hidden_tokens_follows_the_cosine():
+    hidden = random_mask(torch.Size((4000, 50)), generator()).float()
+    # the mean of cos(pi u / 2) is 2 / pi; the ceiling adds half a token
+    assert float(hidden.mean()) == pytest.approx(2 / math.pi + 0.01, abs=0.01)
+    assert float(hidden.mean(0).std()) < 0.02  # no place is preferred
+
+
+def test_stratified_numbers_cover_the_range():
+    u = stratified(1000, generator())
+    assert torch.equal((u * 1000).floor().sort().values, torch.arange(1000.0))
+    assert not torch.equal(u, u.sort().values)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("min_snr", [None, 5.0])
+def test_a_perfect_denoiser_has_no_loss_and_an_error_in_x0_weighs_the_same_in_all_spaces(
+    space, min_snr
+):
+    """With min-SNR the loss is min(SNR, gamma) times the squared error of x0, whatever the space."""
+    latents = torch.randn(256, 2, 4, 4, generator=generator())
+    noising = Noising(cosine(), space, min_snr=min_snr)
+
+    def off_by(error):
+        def model(x, cond, t):
+            alpha, sigma = cosine().coefficients(t.view(-1, 1, 1, 1))
+            x0 = latents + error
+            return join(x0, (x - alpha * x0) / sigma, alpha, sigma, space)
+
+        return float(denoising_loss(model, latents, None, noising, generator()))
+
+    assert off_by(0.0) < 1e-3  # rounding, where sigma is small
+    if min_snr is not None:
+        t = noising.draw_times(256, generator())
+        alpha, sigma = cosine().coefficients(t)
+        expected = float((alpha / sigma).square().clamp(max=5.0).mean()) * 0.01
+        assert off_by(0.1) == pytest.approx(expected, rel=1e-2)
+
+
+def test_flow_times_are_the_sigmoid_of_a_normal_and_shift_moves_them():
+    t = Noising(straight(), "flow", "logit-normal").draw_times(4001, generator())
+    assert float(t.median()) == pytest.approx(0.5, abs=0.01)
+    # a quarter of a standard normal lies below -0.6745
+    assert float(t.quantile(0.25)) == pytest.approx(1 / (1 + math.exp(0.6745)), abs=0.01)
+    shifted = Noising(straight(), "flow", "logit-normal", shift=3.0).draw_times(4001, generator())
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_hybrid_loss_is_zero_for_a_perfect_head_and_draws_noise_for_every_token(masked):
+    latents = torch.randn(8, 16, 2, generator=generator())
+    noising, seen = Noising(cosine(), "eps"), []
+
+    def model(x, cond, noisy, t, known):
+        seen.append((noisy, t, known))
+        alpha, sigma = cosine().coefficients(t[..., None])
+        return (noisy - alpha * latents) / sigma
+
+    assert float(hybrid_loss(model, latents, None, noising, 3, masked, generator())) < 1e-4
+    noisy, t, known = seen[0]
+    assert noisy.shape == (3, 8, 16, 2) and t.shape == (3, 8, 16)
+    assert t.unique().numel() > 380 and (known is None) != masked
+
+
+def test_a_null_condition_is_learned_by_every_family(family):
+    """The row of the null token in the embedding gets a gradient under dropout."""
+    from unicfg.training.families import training_loss
+    from unicfg.training.recipe import ModelRecipe
+
+    model = wrapped(family)
+    model.p = 1.0
+    model.train()
+    loss = training_loss(ModelRecipe(family=family), model.model)
+    data = torch.randint(0, 24, (3, 16)) if family in ("ar", "masked") else torch.randn(3, 2, 4, 4)
+    loss(model, data, COND, generator()).backward()
+    gradient = model.model.body.prefix.embedding.weight.grad
+    assert gradient[0].any() and not gradient[1:].any()
