@@ -125,6 +125,8 @@ def sample_masked(
     ids = _start(network, batch, init, mask, cond.device)
     masked = ids == network.mask_token
     counts = reveal_counts(masked.sum(1), steps, reveal)
+    if not counts:
+        return ids  # the mask leaves nothing to draw
     steps = len(counts)
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     progresses = [share / max(shares[-1], 1e-12) for share in shares]
@@ -186,7 +188,7 @@ def reveal_counts(masked: Tensor, steps: int, reveal: Reveal) -> list[Tensor]:
     counts, left = [], masked
     for index in range(steps):
         share = masked_share(reveal, (index + 1) / steps) if index + 1 < steps else 0.0
-        wanted = (masked * share).floor().long()
+        wanted = (masked.double() * share + 1e-9).floor().long()  # 22 * (1 - 21 / 22) is 1, not 0
         after = torch.minimum(wanted, (left - 1).clamp(min=0))
         counts.append(left - after)
         left = after

@@ -1,0 +1,331 @@
+"""Masked sampling: schedules by hand, exact distributions, the same tokens as diffusers, inpainting, bad input."""
+
+import math
+
+import pytest
+import torch
+from diffusers import AmusedScheduler
+from diffusers.schedulers import scheduling_amused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import wrapped
+
+from unicfg import ConditionDropout, Guidance, guide, sample_masked
+from unicfg.guidance.schedules import linear
+from unicfg.sampling.masked import REVEALS, halton_order, masked_share, reveal_counts
+from unicfg.sampling.randomness import generators, uniform
+from unicfg.sampling.tokens import draw
+
+L, V = 16, 6
+
+
+class Independent(torch.nn.Module):
+    """Logits of a token depend on its place and on the class, not on the other tokens."""
+
+    num_tokens, mask_token = L, V
+
+    def __init__(self, length=L):
+        super().__init__()
+        self.num_tokens = length
+        self.table = 1.5 * torch.randn(3, length, V, generator=torch.Generator().manual_seed(1))
+        self.seen = []
+        self.eval()
+
+    def forward(self, ids, cond):
+        self.seen.append(ids)
+        return self.table[cond[:, 0]]
+
+
+class Agreement(torch.nn.Module):
+    """Two tokens that are always equal: the second is certain once the first is known."""
+
+    num_tokens, mask_token = 2, 2
+
+    def forward(self, ids, cond):
+        logits = torch.zeros(*ids.shape, 2)
+        other = ids.flip(1)
+        known = other < 2
+        return logits + known[..., None] * torch.nn.functional.one_hot(other.clamp(max=1), 2) * 60.0
+
+
+def sample(model, n=1, **options):
+    null = torch.tensor([0])
+    cond = torch.ones(n, 1, dtype=torch.long)
+    return sample_masked(model, cond, uncond=null, seeds=range(n), **options)
+
+
+# how many, and where
+
+
+@pytest.mark.parametrize(
+    ("reveal", "expected"),
+    [
+        # 16 tokens, 4 steps: floor(16 cos(pi/8 (1, 2, 3))) = 14, 11, 6 stay masked
+        ("cosine", [2, 3, 5, 6]),
+        ("linear", [4, 4, 4, 4]),
+        # floor(16 * 2 / pi * arccos(1/4, 1/2, 3/4)) = 13, 10, 7
+        ("arccos", [3, 3, 3, 7]),
+        ("halton", [3, 3, 3, 7]),
+    ],
+)
+def test_counts_by_hand(reveal, expected):
+    counts = reveal_counts(torch.tensor([16]), 4, reveal)
+    assert [int(c) for c in counts] == expected
+    steps = []
+    sample(Independent(), steps=4, reveal=reveal, callback=steps.append)
+    left = [int((step.ids == V).sum()) for step in steps]
+    assert left == [16 - sum(expected[: i + 1]) for i in range(4)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    masked=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    steps=st.integers(1, 50),
+    reveal=st.sampled_from(REVEALS),
+)
+def test_counts_add_up_and_no_step_is_idle(masked, steps, reveal):
+    counts = reveal_counts(torch.tensor(masked), steps, reveal)
+    assert len(counts) == min(steps, max(masked))
+    total = sum(counts, torch.zeros(len(masked), dtype=torch.long))
+    assert total.tolist() == masked
+    assert all(int(c.max()) >= 1 and int(c.min()) >= 0 for c in counts)
+
+
+def test_halton_places_by_hand():
+    # 1, 2, 3, 4 in base 2: 1/2, 1/4, 3/4, 1/8; in base 3: 1/3, 2/3, 1/9, 4/9; on a grid of 4 x 4
+    first = [(2, 1), (1, 2), (3, 0), (0, 1)]
+    order = halton_order(16)
+    assert [int(order[4 * row + column]) for row, column in first] == [0, 1, 2, 3]
+    assert sorted(order.tolist()) == list(range(16))
+    quarters = order.view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    assert all(int((quarter < 8).sum()) == 2 for quarter in quarters)  # spread, not in raster order
+    with pytest.raises(ValueError, match="15 tokens, expected a square"):
+        halton_order(15)
+    steps = []
+    sample(Independent(), steps=16, reveal="halton", callback=steps.append)
+    for i, step in enumerate(steps):
+        assert torch.equal((step.ids[0] != V).nonzero()[:, 0], (order <= i).nonzero()[:, 0])
+
+
+# what is drawn
+
+
+@pytest.mark.parametrize("s", [1.0, 0.0, 2.5])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 4, "reveal": "halton"}])
+def test_tokens_follow_the_guided_distribution(s, options):
+    """Without a choice by confidence each token is one draw from the guided softmax."""
+    n, model = 4000, Independent()
+    ids = sample(model, n, guidance=Guidance(s), **options)
+    expected = guide(model.table[1:2], model.table[0:1], s)[0].softmax(-1)
+    counts = torch.nn.functional.one_hot(ids, V).sum(0)
+    chi_square = ((counts - n * expected).square() / (n * expected)).sum(-1)
+    assert float(chi_square.mean()) == pytest.approx(V - 1, abs=2.5)
+
+
+def test_later_steps_see_what_was_drawn_before():
+    ids = sample(Agreement().eval(), 400, steps=2)
+    assert torch.equal(ids[:, 0], ids[:, 1])
+    assert float(ids[:, 0].float().mean()) == pytest.approx(0.5, abs=0.08)
+    at_once = sample(Agreement().eval(), 400, steps=1)
+    assert 100 < int((at_once[:, 0] == at_once[:, 1]).sum()) < 300
+
+
+def test_the_most_confident_tokens_are_kept_and_the_guided_softmax_judges():
+    model = Independent()
+    steps = []
+    options = {"guidance": Guidance(3.0), "temperature": 0.0, "choice_noise": 0.0}
+    sample(model, steps=4, callback=steps.append, **options)
+    # at temperature 0 every draw is certain: the first ones in raster order are kept
+    assert (steps[0].ids[0] != V).nonzero()[:, 0].tolist() == [0, 1]
+    options["temperature"] = 1e-2
+    steps.clear()
+    sample(model, steps=4, callback=steps.append, **options)
+    confidence = (guide(model.table[1], model.table[0], 3.0) / 1e-2).softmax(-1).amax(-1).double()
+    kept = steps[1].ids[0] != V
+    assert float(confidence[kept].min()) >= float(confidence[~kept].max()) - 1e-6
+    best = guide(model.table[1], model.table[0], 3.0).argmax(-1)
+    assert torch.equal(steps[-1].ids[0], best)
+
+
+def test_choice_noise_is_annealed_to_nothing():
+    """With overwhelming noise the places are random; at the last choice it is gone."""
+    places = [
+        tuple((step.ids[0] != V).nonzero()[:, 0].tolist())
+        for seed in range(20)
+        for step in [first_step(seed, choice_noise=1e6)]
+    ]
+    assert len(set(places)) > 10
+    assert (
+        len(
+            {
+                first_step(seed, choice_noise=0.0, temperature=0.0)
+                .ids[0]
+                .ne(V)
+                .nonzero()[:, 0]
+                .tolist()[0]
+                for seed in range(5)
+            }
+        )
+        == 1
+    )
+
+
+def first_step(seed, **options):
+    steps = []
+    cond = torch.ones(1, 1, dtype=torch.long)
+    sample_masked(Independent(), cond, seeds=[seed], steps=4, callback=steps.append, **options)
+    return steps[0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("s", [1.0, 3.0])
+def test_the_same_tokens_as_diffusers(schedule, s, monkeypatch):
+    """AmusedScheduler on the same guided logits, uniforms and Gumbel noise, at every step.
+
+    It keeps at least one token masked until the last step, as we do; its counts are the floor of the same share.
+    """
+    steps, n, choice_noise = (
+        7,
+        3,
+        4.5,
+    )  # not 6: 16 cos(pi / 3) is 8 for us and 7.9999995 in their float32
+    model = wrapped("masked")
+    cond = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 1, 2]])
+    ours = []
+    sample_masked(
+        model, cond, seeds=range(n), guidance=Guidance(s), steps=steps, reveal=schedule,
+        choice_noise=choice_noise, callback=ours.append,
+    )  # fmt: skip
+
+    scheduler = AmusedScheduler(mask_token_id=model.model.mask_token, masking_schedule=schedule)
+    scheduler.set_timesteps(steps)
+    scheduler.temperatures = torch.tensor(
+        [choice_noise * (1 - (i + 1) / steps) for i in range(steps)]
+    )
+    noise = [uniform(sources, (2, 16)) for sources in [generators(range(n))] for _ in range(steps)]
+    ids = torch.full((n, 16), model.model.mask_token)
+    null = model.null_condition.expand(n, -1)
+    for i, timestep in enumerate(scheduler.timesteps):
+        u = noise[i]
+        monkeypatch.setattr(
+            torch,
+            "multinomial",
+            lambda p, k, generator=None, u=u: draw(p, u[:, 0].flatten())[:, None],
+        )
+        gumbel = -(-u[:, 1].log()).log()
+        monkeypatch.setattr(
+            scheduling_amused, "gumbel_noise", lambda t, generator=None, gumbel=gumbel: gumbel
+        )
+        with torch.no_grad():
+            # their pipeline: uncond + guidance_scale * (cond - uncond)
+            logits = torch.lerp(model.model(ids, null), model.model(ids, cond), s)
+        ids = scheduler.step(logits, timestep, ids).prev_sample
+        assert torch.equal(ids, ours[i].ids)
+
+
+def test_progress_is_the_revealed_share():
+    steps = []
+    scales = Guidance(linear(1.0, 5.0))
+    sample(Independent(), steps=4, reveal="linear", guidance=scales, callback=steps.append)
+    assert [step.progress for step in steps] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [step.scale for step in steps] == pytest.approx([1, 7 / 3, 11 / 3, 5])
+    steps.clear()
+    sample(Independent(), steps=4, reveal="cosine", callback=steps.append)
+    share = [1 - math.cos(math.pi / 8 * i) for i in range(4)]
+    assert [step.progress for step in steps] == pytest.approx([x / share[-1] for x in share])
+    assert masked_share("arccos", 0.0) == 1.0 and masked_share("arccos", 1.0) == 0.0
+
+
+def test_more_steps_than_tokens_are_not_run():
+    model = Independent(4)
+    sample(model, steps=50)
+    assert len(model.seen) == 4
+
+
+# given tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(pattern=st.lists(st.booleans(), min_size=2 * L, max_size=2 * L), steps=st.integers(1, 20))
+def test_given_tokens_are_shown_and_come_back(pattern, steps):
+    model = Independent()
+    anew = torch.tensor(pattern).view(2, L)
+    init = torch.arange(2 * L).view(2, L) % V
+    ids = sample(model, 2, init=init, mask=anew, steps=steps)
+    assert torch.equal(ids[~anew], init[~anew]) and int(ids.max()) < V
+    for seen in model.seen:
+        assert torch.equal(seen[~anew], init[~anew])
+    assert not model.seen or torch.equal(model.seen[0] == V, anew)
+
+
+def test_regions_of_all_shapes():
+    init, anew = torch.arange(L) % V, torch.zeros(L, dtype=torch.bool)
+    anew[5:9] = True
+    expected = sample(Independent(), 2, init=init, mask=anew, steps=3)
+    for shape in ((4, 4), (2, L), (2, 4, 4)):
+        a, b = (
+            x.expand(2, L).reshape(shape) if shape[0] == 2 else x.view(shape) for x in (init, anew)
+        )
+        assert torch.equal(sample(Independent(), 2, init=a, mask=b, steps=3), expected)
+    nothing = sample(Independent(), 2, init=init, mask=torch.zeros(L, dtype=torch.bool))
+    assert torch.equal(nothing, init.expand(2, -1))
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0, expected an int of at least 1"),
+        ({"steps": 2.5}, ValueError, r"steps is 2\.5"),
+        (
+            {"reveal": "sine"},
+            ValueError,
+            "reveal is 'sine', expected one of cosine, linear, arccos",
+        ),
+        ({"choice_noise": -1}, ValueError, "choice_noise is -1"),
+        ({"choice_noise": math.inf}, ValueError, "choice_noise is inf"),
+        ({"init": torch.zeros(1, L).long()}, ValueError, "mask is None"),
+        ({"mask": torch.ones(1, L).bool()}, ValueError, "init is None"),
+        (
+            {"init": torch.zeros(1, L), "mask": torch.ones(1, L).bool()},
+            TypeError,
+            "init is torch.float32",
+        ),
+        (
+            {"init": torch.zeros(1, L).long(), "mask": torch.ones(1, L)},
+            TypeError,
+            "mask is torch.float32",
+        ),
+        (
+            {"init": torch.zeros(1, 9).long(), "mask": torch.ones(1, L).bool()},
+            ValueError,
+            r"init has shape \\(1, 9\\)",
+        ),
+        (
+            {"init": torch.full((1, L), V), "mask": torch.zeros(1, L).bool()},
+            ValueError,
+            "init holds ids from 6 to 6, expected 0 to 5",
+        ),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"guidance": 3.0}, TypeError, "expected a Guidance"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message.replace("\\\\", "\\")):
+        sample(Independent(), **options)
+
+
+def test_a_row_without_any_token_stops_with_the_step():
+    model = Independent()
+    model.table[1, 3] = -math.inf
+    with pytest.raises(FloatingPointError, match="no token can be drawn at step 0"):
+        sample(model, steps=3)
+
+
+def test_training_mode_is_refused():
+    model = ConditionDropout(Independent(), torch.tensor([0]))
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        sample_masked(model, torch.ones(1, 1, dtype=torch.long), seeds=[0])
