@@ -46,6 +46,7 @@ class Transfusion(nn.Module):
         self.to_letter, self.to_velocity = nn.Linear(width, 26), nn.Linear(width, 3)
 
     def hidden(self, label: Tensor, letters: Tensor, latents: Tensor | None = None) -> Tensor:
+        """States of all positions: class, letters, and latents if there are any."""
         parts = [self.label(label), self.letter(letters)]
         parts += [] if latents is None else [self.latent(latents)]
         x = torch.cat(parts, 1)

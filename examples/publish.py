@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from models import TextToImage
+from models.pipeline import held_families
 from tokenizers_vq import to_float
 from unicfg.training.recipe import load_recipe
 from unicfg.training.trainer import evaluate_tokenizer, load_data
@@ -30,30 +32,34 @@ def read_log(file: Path, key: str) -> list[dict[str, Any]]:
 
 def summary(run: Path) -> str:
     """What the logs say: parameters, steps, losses, reconstruction."""
-    pipe = TextToImage.from_pretrained(run)
-    counts = [sum(p.numel() for p in m.parameters()) for m in (pipe.tokenizer, pipe.network)]
+    pipes = {family: TextToImage.from_pretrained(run, family) for family in held_families(run)}
     tokenizer = read_log(run / "logs/tokenizer/metrics.jsonl", "psnr")[-1]
+    codec = next(iter(pipes.values())).tokenizer
     lines = [
         "## Numbers",
         "",
-        f"Tokenizer: {counts[0] / 1e6:.2f} M parameters, {tokenizer['step']} steps; on the validation images "
+        f"Tokenizer: {_millions(codec)} parameters, {tokenizer['step']} steps; on the validation images "
         f"PSNR {tokenizer['psnr']:.2f} dB, codebook usage {100 * tokenizer['codebook_usage']:.1f} %, perplexity "
         f"{tokenizer['codebook_perplexity']:.0f}.",
         "",
-        f"Model (ar): {counts[1] / 1e6:.2f} M parameters. Cross-entropy in nats a token:",
+        "Losses of the moving average on validation images: nats a token for ar, nats a masked token for masked, "
+        "squared error for the others. Losses of different families cannot be compared.",
         "",
-        "| step | training, last batch | validation, with caption | validation, null condition |",
-        "|--:|--:|--:|--:|",
+        "| family | parameters | step | with caption | null condition |",
+        "|---|--:|--:|--:|--:|",
     ]
-    losses = {
-        line["step"]: line["loss"] for line in read_log(run / "logs/ar/metrics.jsonl", "loss")
-    }
-    for line in read_log(run / "logs/ar/metrics.jsonl", "validation_loss"):
-        lines.append(
-            f"| {line['step']} | {losses.get(line['step'], float('nan')):.2f} "
-            f"| {line['validation_loss']:.2f} | {line['validation_loss_uncond']:.2f} |"
-        )
+    for family, pipe in pipes.items():
+        reports = read_log(run / f"logs/{family}/metrics.jsonl", "validation_loss")
+        for line in (reports[len(reports) // 2], reports[-1]):
+            lines.append(
+                f"| {family} | {_millions(pipe.network)} | {line['step']} "
+                f"| {line['validation_loss']:.3f} | {line['validation_loss_uncond']:.3f} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
 
 
 def main() -> None:
@@ -68,16 +74,17 @@ def main() -> None:
     parser.add_argument("--reconstruction", type=Path, help="picture of held-out images to write")
     options = parser.parse_args()
 
-    pipe = TextToImage.from_pretrained(options.run)
     shutil.rmtree(options.out, ignore_errors=True)
-    pipe.save_pretrained(options.out, dtype=torch.float16)
+    for family in held_families(options.run):
+        pipe = TextToImage.from_pretrained(options.run, family)
+        pipe.save_pretrained(options.out, dtype=torch.float16)
     (options.out / "README.md").write_text(options.card.read_text() + "\n" + summary(options.run))
     if options.recipe is not None:
         shutil.copy(options.recipe, options.out / "recipe.yaml")
     if options.reconstruction is not None and options.recipe is not None:
         recipe = load_recipe(options.recipe)
         _, held_out = load_data(recipe.data).split(recipe.data.validation)
-        shipped = TextToImage.from_pretrained(options.out)
+        shipped = TextToImage.from_pretrained(options.out, held_families(options.out)[0])
         numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out.images[:512]))
         options.reconstruction.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.reconstruction)

@@ -56,7 +56,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "flow": ("steps", "solver", "scheduler", "init_image", "mask"),
     "hybrid": ("steps", "solver", "temperature"),
 }
-STEPS = {"masked": 12, "diffusion": 30, "flow": 30, "hybrid": 20}  # unless told otherwise
+# unless told otherwise
+STEPS = {"masked": 12, "diffusion": 30, "flow": 30, "hybrid": 20}
+SOLVERS = {"diffusion": "dpmpp_2m", "flow": "dpmpp_2m", "hybrid": "ddim"}
 DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
@@ -182,13 +184,22 @@ class TextToImage:
             ids = sample_masked(self.model, cond, **shared, **known, **given)
             return self.tokenizer.decode(self._as_grid(ids))
         given = {"steps": STEPS[self.family]} | given
+        if "scheduler" not in given:
+            given = {"solver": SOLVERS[self.family]} | given
         if self.family == "hybrid":
             tokens = sample_hybrid(self.model, cond, **shared, **given)
             latents = self._as_grid(tokens).permute(0, 3, 1, 2)
         else:
-            given = given if "scheduler" in given else {"solver": "dpmpp_2m"} | given
             latents = sample_diffusion(self.model, cond, **shared, **known, **given)
         return self.tokenizer.decode_latents(latents)
+
+    def defaults(self) -> dict[str, Any]:
+        """What the family's options are where nothing is said."""
+        values: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
+        values |= {"reveal": "cosine", "steps": STEPS.get(self.family)}
+        values |= {"solver": SOLVERS.get(self.family), "scheduler": None}
+        options = OPTIONS[self.family]
+        return {name: value for name, value in values.items() if name in options}
 
     def num_steps(self, steps: int | None = None) -> int:
         """How often a callback is called for one batch.

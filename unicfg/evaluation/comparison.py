@@ -14,7 +14,6 @@ from PIL import Image
 
 import unicfg
 from models import TextToImage
-from models.pipeline import OPTIONS, STEPS
 from tokenizers_vq.hub import write_text_atomically
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
@@ -128,7 +127,7 @@ def compare(
     """
     guidances = {scale: Guidance(scale) for scale in scales}  # refused before weights are read
     for name, values in (("families", families), ("scales", scales), ("seeds", seeds)):
-        if not values or len(set(values)) != len(values):
+        if len(values) == 0 or len(set(values)) != len(values):
             raise ValueError(f"{name} is {list(values)}, expected at least one, and none twice")
     # every family is loaded before the first image is drawn, so that a missing one costs nothing
     pipes = {family: TextToImage.from_pretrained(weights, family) for family in families}
@@ -138,8 +137,7 @@ def compare(
             "network": type(pipe.network).__name__,
             "parameters": sum(p.numel() for p in pipe.network.parameters()),
             "config": asdict(pipe.network.config),
-            "steps": STEPS.get(family, pipe.num_steps()),
-            "options": {name: "default" for name in OPTIONS[family]},
+            "sampler": pipe.defaults(),
         }
         for scale, guidance in guidances.items():
             result.images[family, scale] = pipe(

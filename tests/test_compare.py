@@ -1,0 +1,131 @@
+"""The comparison of families: every cell is what the pipeline draws alone, and the report says how."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import CAPTIONS, FAMILIES, pipeline
+
+from models import TextToImage
+from unicfg import Guidance
+from unicfg.cli import expand_lists, main
+from unicfg.evaluation.comparison import compare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("weights") / "tiny"
+    for family in FAMILIES:
+        pipeline(family=family).save_pretrained(out)
+    return out
+
+
+def test_every_cell_is_what_the_pipeline_draws(folder):
+    seen = []
+    result = compare(
+        CAPTIONS[0],
+        weights=str(folder),
+        families=FAMILIES,
+        scales=[1.0, 4.0],
+        seeds=[3, 4],
+        progress=lambda family, scale: seen.append((family, scale)),
+    )
+    assert seen == [(family, scale) for family in FAMILIES for scale in (1.0, 4.0)]
+    for family in FAMILIES:
+        pipe = TextToImage.from_pretrained(folder, family)
+        for scale in (1.0, 4.0):
+            alone = pipe([CAPTIONS[0]] * 2, seeds=[3, 4], guidance=Guidance(scale))
+            for a, b in zip(alone, result.images[family, scale], strict=True):
+                assert np.array_equal(np.asarray(a), np.asarray(b))
+    # ten rows (families and seeds) of two cells and their labels
+    width, height = result.picture().size
+    assert width == 120 + 2 * 132 + 4 and height > 10 * 132
+
+
+def test_a_report_holds_the_images_and_all_that_made_them(folder, tmp_path, capsys):
+    out = tmp_path / "report"
+    command = ["compare", CAPTIONS[1], "--weights", str(folder), "--seed", "5", "--out", str(out)]
+    run([*command, "--scales", "1", "8", "--families", "ar", "flow"])
+    assert f"the picture is in {out / 'compare.png'}" in capsys.readouterr().out
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["prompt"] == CAPTIONS[1] and settings["seeds"] == [5]
+    assert settings["scales"] == [1.0, 8.0] and list(settings["families"]) == ["ar", "flow"]
+    assert settings["families"]["flow"]["config"]["space"] == "flow"
+    assert settings["families"]["flow"]["sampler"]["steps"] == 30
+    assert settings["versions"].keys() == {"unicfg", "torch"}
+    for file, what in settings["images"].items():
+        pipe = TextToImage.from_pretrained(folder, what["family"])
+        (image,) = pipe([CAPTIONS[1]], seeds=[5], guidance=Guidance(what["scale"]))
+        with Image.open(out / file) as saved:
+            assert np.array_equal(np.asarray(saved), np.asarray(image))
+        assert file in (out / "index.html").read_text()
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0
+
+
+def test_all_families_of_the_weights_are_the_rows(folder, tmp_path):
+    run(
+        [
+            "compare",
+            CAPTIONS[0],
+            "--weights",
+            str(folder),
+            "--scales",
+            "2",
+            "--out",
+            str(tmp_path / "a.png"),
+        ]
+    )
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.height > 5 * 132
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--families", "ar", "--weights", "nowhere"], "no pipeline at 'nowhere'"),
+        (["--families", "gan"], "family is 'gan', expected one of ar, masked"),
+        (["--families", "ar", "ar"], "expected at least one, and none twice"),
+        (["--scales", "1", "1"], "scales is"),
+        (["--scales", "inf"], "expected a finite number"),
+        (["--out", "x.docx"], "suffix '.docx'"),
+    ],
+)
+def test_bad_comparisons_are_refused_in_one_line(folder, options, message, capsys, tmp_path):
+    weights = [] if "--weights" in options else ["--weights", str(folder)]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit):
+        main(["compare", CAPTIONS[0], *weights, *options, *out])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_that_the_weights_do_not_hold(tmp_path, capsys):
+    pipeline().save_pretrained(tmp_path / "w")
+    with pytest.raises(SystemExit):
+        main(["compare", "x", "--weights", str(tmp_path / "w"), "--families", "flow"])
+    assert "holds the families ar, not flow" in capsys.readouterr().err
+
+
+def test_lists_on_the_command_line_end_where_their_values_end():
+    arguments = [
+        "compare",
+        "--families",
+        "ar",
+        "flow",
+        "--scales",
+        "1",
+        "2",
+        "a cat",
+        "--seed",
+        "3",
+    ]
+    assert expand_lists(arguments) == [
+        *["compare", "--families", "ar", "--families", "flow", "--scales", "1", "--scales", "2"],
+        *["a cat", "--seed", "3"],
+    ]

@@ -1,0 +1,33 @@
+"""The example of a model that is not ours: it is guided in few lines, and guidance does what it says."""
+
+import runpy
+from pathlib import Path
+
+import torch
+
+from unicfg import Guidance
+
+FILE = Path(__file__).parent.parent / "examples" / "own_hybrid.py"
+
+
+def test_it_takes_fewer_than_40_lines_and_nothing_of_the_models():
+    text = FILE.read_text()
+    inside = text.split("from here ---\n")[1].split("# --- to here")[0]
+    assert len([line for line in inside.splitlines() if line.strip()]) < 40
+    assert "from models" not in text and "tokenizers_vq import" not in text
+
+
+def test_guidance_makes_words_and_pictures_right():
+    """At s = 0 by chance, at 1 weakly, at 4 mostly, with letters and latents from one Guidance object."""
+    example = runpy.run_path(str(FILE))
+    torch.manual_seed(0)
+    model = example["train"](60, torch.Generator().manual_seed(0))
+    label = torch.arange(96).remainder(8)[:, None]
+    right = {}
+    for s in (0.0, 1.0, 4.0):
+        drawn = example["sample"](model, label, Guidance(s), list(range(96)))
+        right[s] = example["correct"](*drawn, label)
+    for half in (0, 1):
+        assert right[0.0][half] < 0.35
+        assert right[1.0][half] + 0.1 < right[4.0][half]
+        assert right[4.0][half] > 0.8
