@@ -10,8 +10,11 @@ Further letters: K templates, P window pixels, M objects.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from torch.nn import functional as F
 from unicfg.training.shapes import (
     BACKGROUNDS,
     COLOURS,
+    RGB,
     SHAPES,
     SIZES,
     SUPERSAMPLING,
@@ -30,8 +34,10 @@ from unicfg.training.shapes import (
     Shape,
     Size,
     Thing,
-    _draw,
+    draw_thing,
 )
+
+Name = TypeVar("Name", bound=str)
 
 SIDE = 32  # larger images are averaged down to it
 MOST_OBJECTS = 4  # looked for in one image
@@ -132,7 +138,7 @@ def _coverage(shape: Shape, diameter: float, shift: tuple[float, float], window:
     image = Image.new("RGB", (side, side))
     centre = (np.array(shift) + window / 2) * SUPERSAMPLING
     thing = Thing(shape, "yellow", "small")
-    _draw(ImageDraw.Draw(image), thing, centre, diameter * SUPERSAMPLING)
+    draw_thing(ImageDraw.Draw(image), thing, centre, diameter * SUPERSAMPLING)
     red = np.asarray(image.reduce(SUPERSAMPLING))[..., 0] / COLOURS["yellow"][0]
     return _soften(torch.from_numpy(red).float()[None])[0]
 
@@ -296,16 +302,16 @@ def _describe(
     return seen
 
 
-def _nearest(colour, named):
-    everything = {**COLOURS, **BACKGROUNDS}
-    away = {
-        name: float(np.linalg.norm(np.subtract(colour, rgb))) for name, rgb in everything.items()
-    }
+def _nearest(colour: Sequence[float], named: Mapping[Name, RGB]) -> Name | None:
+    """The nearest of the named colours; None if it is far away, or nearer to one of the other kind."""
+    away = {name: math.dist(colour, rgb) for name, rgb in named.items()}
     name = min(away, key=away.__getitem__)
-    return name if name in named and away[name] <= FARTHEST_COLOUR else None
+    nearest = min(math.dist(colour, rgb) for rgb in (*COLOURS.values(), *BACKGROUNDS.values()))
+    return name if away[name] == nearest <= FARTHEST_COLOUR else None
 
 
 def _size(diameter: float) -> Size | None:
+    """The size whose diameter is near; None between the two and beyond them."""
     for name, nominal in SIZES.items():
         if abs(diameter / nominal - 1) <= SIZE_TOLERANCE:
             return name

@@ -201,7 +201,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Tensor:
         # In its half of the image an object has less room to move than across.
         room = np.where(direction != 0, 0.25, 0.5) - MARGIN - diameter * _EXTENT / 2
         centre = 0.5 + 0.25 * sign * direction + np.minimum(room, POSITION_JITTER) * jitter[1:]
-        _draw(pen, thing, centre * side, diameter * side)
+        draw_thing(pen, thing, centre * side, diameter * side)
     pixels = np.asarray(image.reduce(SUPERSAMPLING))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -223,7 +223,9 @@ _OUTLINES: Mapping[Shape, np.ndarray[Any, Any]] = {
 }
 
 
-def _draw(pen: ImageDraw.ImageDraw, thing: Thing, centre: np.ndarray[Any, Any], d: float) -> None:
+def draw_thing(
+    pen: ImageDraw.ImageDraw, thing: Thing, centre: np.ndarray[Any, Any], d: float
+) -> None:
     """Draw one object of diameter ``d`` around ``centre`` (x, y), both in pixels."""
     fill = COLOURS[thing.colour]
     if thing.shape == "circle":
