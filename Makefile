@@ -15,7 +15,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/unicfg generate --prompts examples/prompts.txt --scales 0 1 2 4 8 -n 1 --seed 0 --out out/demo.png
+	$(BIN)/unicfg compare "a large red circle above a large blue square on a white background" --scales 1 2 4 8 15 --weights shapes --out out/demo
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -26,6 +26,8 @@ test: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --rounds 7 --out benchmarks/results
+	$(BIN)/python benchmarks/families.py --rounds 7 --out benchmarks/results
+	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
