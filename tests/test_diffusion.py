@@ -24,10 +24,11 @@ from unicfg import ConditionDropout, Guidance, guide
 from unicfg.guidance.schedules import interval
 from unicfg.guidance.schedules import linear as ramp
 from unicfg.guidance.spaces import SPACES, convert, join
+from unicfg.sampling import sample_diffusion
 from unicfg.sampling.branches import Guided
-from unicfg.sampling.diffusion import integrate, sample_diffusion, time_grid
 from unicfg.sampling.paths import cosine, linear, straight
 from unicfg.sampling.randomness import generators, normal
+from unicfg.sampling.solvers import integrate, time_grid
 
 # diffusers hands tensors to numpy in a way that numpy 2 is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -1,10 +1,11 @@
 """Guided samplers: plain functions, model first. Imports torch and nothing else."""
 
 from unicfg.sampling.autoregressive import TokenStep, Uncached, sample_autoregressive
-from unicfg.sampling.diffusion import DenoisingStep, sample_diffusion
+from unicfg.sampling.diffusion import sample_diffusion
 from unicfg.sampling.hybrid import LatentStep, sample_hybrid
 from unicfg.sampling.masked import UnmaskingStep, sample_masked
 from unicfg.sampling.paths import cosine, linear, straight
+from unicfg.sampling.solvers import DenoisingStep
 from unicfg.sampling.tokens import TokenFilter
 
 __all__ = [

@@ -26,8 +26,8 @@ from unicfg.sampling.branches import (
     network_and_null,
     progress_at,
 )
-from unicfg.sampling.diffusion import Solver, Spacing, integrate, time_grid
 from unicfg.sampling.randomness import check_seeds, generators, normal
+from unicfg.sampling.solvers import Solver, Spacing, integrate, time_grid
 from unicfg.training.dropout import ConditionDropout
 
 GuideAt = Literal["head", "states", "both"]
