@@ -12,6 +12,7 @@ from models import DiffusionHead, TextToImage
 from models.blocks import TimeEmbedding
 from models.pipeline import OPTIONS, held_families
 from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
+from unicfg.cli import main
 from unicfg.guidance.schedules import interval
 from unicfg.guidance.spaces import SPACES, join
 from unicfg.sampling import cosine, straight
@@ -239,6 +240,29 @@ def test_inpainting_redraws_the_masked_part_alone(family):
     picture = Image.fromarray((mask.numpy() * 255).astype("uint8"))
     again = pipe(CAPTIONS[:2], seeds=[0, 1], **(options | {"mask": picture}))
     assert same(drawn, again)
+
+
+def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(tmp_path):
+    pipeline(family="masked").save_pretrained(tmp_path / "w")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    command = ["generate", CAPTIONS[0], "--weights", str(tmp_path / "w"), "--family", "masked"]
+    command += [
+        "-n",
+        "2",
+        "--init-image",
+        str(tmp_path / "red.png"),
+        "--out",
+        str(tmp_path / "o.png"),
+    ]
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--mask", str(tmp_path / "mask.png"), "--steps", "3", "--reveal", "halton"])
+    assert done.value.code == 0 and (tmp_path / "o.png").exists()
+    with pytest.raises(SystemExit) as failed:
+        main([*command, "--mask", str(tmp_path / "nowhere.png")])
+    assert failed.value.code == 2
 
 
 def test_bad_regions_are_refused():

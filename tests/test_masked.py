@@ -1,5 +1,6 @@
 """Masked sampling: schedules by hand, exact distributions, the same tokens as diffusers, inpainting, bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -83,12 +84,20 @@ def test_counts_by_hand(reveal, expected):
     steps=st.integers(1, 50),
     reveal=st.sampled_from(REVEALS),
 )
-def test_counts_add_up_and_no_step_is_idle(masked, steps, reveal):
-    counts = reveal_counts(torch.tensor(masked), steps, reveal)
-    assert len(counts) == min(steps, max(masked))
-    total = sum(counts, torch.zeros(len(masked), dtype=torch.long))
-    assert total.tolist() == masked
-    assert all(int(c.max()) >= 1 and int(c.min()) >= 0 for c in counts)
+def test_counts_add_up_start_at_once_and_depend_on_their_own_sample_alone(masked, steps, reveal):
+    counts = torch.stack(reveal_counts(torch.tensor(masked), steps, reveal), dim=1)
+    assert counts.shape == (len(masked), steps)
+    assert counts.sum(1).tolist() == masked and int(counts.min()) >= 0
+    for tokens, own in zip(masked, counts, strict=True):
+        assert int(own[0]) >= 1 or tokens == 0
+        assert int(own.min()) >= 1 or tokens < steps  # enough tokens for every step: none is idle
+        assert torch.equal(own, torch.cat(reveal_counts(torch.tensor([tokens]), steps, reveal)))
+
+
+def test_few_tokens_are_spread_over_the_schedule_by_hand():
+    # floor(4 (1 - i / 6)) for i = 1 to 6 leaves 3, 2, 2, 1, 0, 0 of four tokens
+    counts = reveal_counts(torch.tensor([4]), 6, "linear")
+    assert [int(c) for c in counts] == [1, 1, 0, 1, 1, 0]
 
 
 def test_halton_places_by_hand():
@@ -238,11 +247,61 @@ def test_progress_is_the_revealed_share():
 
 def test_more_steps_than_tokens_are_not_run():
     model = Independent(4)
-    sample(model, steps=50)
+    many, few = [], []
+    sample(model, steps=50, callback=many.append)
     assert len(model.seen) == 4
+    sample(model, steps=4, callback=few.append)
+    assert [step.progress for step in many] == [step.progress for step in few]
+    assert torch.equal(many[-1].ids, few[-1].ids)
+
+
+def test_a_step_with_nothing_to_reveal_runs_no_pass():
+    model, steps = Independent(), []
+    anew = torch.arange(L) < 4
+    options = {"init": torch.zeros(L).long(), "mask": anew, "reveal": "linear", "steps": 6}
+    sample(model, callback=steps.append, **options)
+    assert len(model.seen) == 4
+    assert [step.index for step in steps] == [0, 1, 3, 4]
+    assert [step.progress for step in steps] == pytest.approx([0, 0.2, 0.6, 0.8])
 
 
 # given tokens
+
+
+def own_masks():
+    """Tokens (3, L), and a mask a sample: all, six and one of the tokens drawn anew."""
+    init = torch.arange(3 * L).view(3, L) % V
+    return init, torch.arange(L) < torch.tensor([[L], [6], [1]])
+
+
+@pytest.mark.parametrize("reveal", REVEALS)
+def test_the_seed_alone_decides_whatever_the_masks_of_others(reveal):
+    """The schedule, its guidance, and the random numbers of a sample do not depend on longer masks beside it."""
+    init, anew = own_masks()
+    cond = torch.ones(3, 1, dtype=torch.long)
+
+    def drawn(rows, seed):
+        return sample_masked(
+            Independent(), cond[rows], uncond=torch.tensor([0]), init=init[rows], mask=anew[rows],
+            seeds=[seed + row for row in rows], reveal=reveal, guidance=Guidance(linear(1.0, 8.0)),
+        )  # fmt: skip
+
+    for seed in (0, 10, 20):
+        together = drawn([0, 1, 2], seed)
+        assert torch.equal(drawn([1], seed)[0], together[1])
+        assert torch.equal(drawn([2, 1], seed), together[[2, 1]])
+
+
+def test_samples_with_fewer_masked_tokens_follow_the_same_schedule():
+    init, anew = own_masks()
+    steps = []
+    sample(Independent(), 3, init=init, mask=anew, steps=4, reveal="linear", callback=steps.append)
+    left = [(step.ids == V).sum(1).tolist() for step in steps]
+    # 16, 6 and 1 tokens: floor of 3/4, 1/2 and 1/4 of them, then none
+    assert left == [[12, 4, 0], [8, 3, 0], [4, 1, 0], [0, 0, 0]]
+    for before, after in itertools.pairwise(steps):
+        known = before.ids != V
+        assert torch.equal(after.ids[known], before.ids[known])  # what is revealed stays
 
 
 @settings(max_examples=30, deadline=None)
@@ -322,6 +381,18 @@ def test_a_row_without_any_token_stops_with_the_step():
     model.table[1, 3] = -math.inf
     with pytest.raises(FloatingPointError, match="no token can be drawn at step 0"):
         sample(model, steps=3)
+
+
+@pytest.mark.parametrize(("branch", "row"), [("cond", 1), ("uncond", 0)])
+def test_nan_in_a_later_step_is_named_with_its_branch(branch, row):
+    class Breaks(Independent):
+        def forward(self, ids, cond):
+            logits = super().forward(ids, cond).clone()
+            logits[(cond[:, 0] == row) & (len(self.seen) == 3)] = math.nan
+            return logits
+
+    with pytest.raises(FloatingPointError, match=rf"NaN or \+inf at step 2, .*\['{branch}'\]"):
+        sample(Breaks(), steps=4, guidance=Guidance(3.0))
 
 
 def test_training_mode_is_refused():

@@ -44,11 +44,12 @@ class MaskedModel(Protocol):
 
 @dataclass(frozen=True)
 class UnmaskingStep:
-    """What a callback sees after each step.
+    """What a callback sees after each pass.
 
     Attributes:
-        index: of the step, 0 to steps - 1.
-        progress: share of the tokens that were known before the step, by the schedule; 1 at the last step.
+        index: of the step, 0 to steps - 1; steps that reveal no token in any sample are left out.
+        progress: what the schedule has revealed before the step, as a share of what it has before the last one: 0.0 at
+            the first step, 1.0 at the last, 0.0 at an only one; the same for all samples whatever their masks.
         scale: s at this step: a float or (B,).
         ids: tokens (B, L); ``mask_token`` where still unknown.
         guided: guided logits (B, L, V).
@@ -92,9 +93,10 @@ def sample_masked(
         guidance: scale, schedule and mitigations; None is ``Guidance(1.0)``, the conditional model.
         uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
             ``model`` was trained with.
-        steps: passes; never more than there are tokens to draw.
-        reveal: how many tokens are still masked after a share r of the steps: "cosine" cos(pi r / 2), "linear" 1 - r,
-            "arccos" 2 arccos(r) / pi (arXiv 2202.04200, section 3.3). "halton" reveals as many as "arccos" does, at
+        steps: of the schedule; more than L count as L. A step in which no sample has a token to reveal runs no
+            pass, so a sample alone takes no more passes than it has masked tokens.
+        reveal: how many tokens are still masked after a share r of the steps: "cosine" cos(pi r / 2), "linear" 1 - r
+            (arXiv 2202.04200, section 3.3), "arccos" 2 arccos(r) / pi. "halton" reveals as many as "arccos" does, at
             places that a low-discrepancy sequence fixes, whatever the confidence (Besnier et al., arXiv 2503.17076).
         temperature: divides the guided logits; 0 takes the most likely tokens.
         top_k: keep the k most likely tokens, after guidance.
@@ -124,17 +126,22 @@ def sample_masked(
     sources = generators(check_seeds(seeds, batch))
     ids = _start(network, batch, init, mask, cond.device)
     masked = ids == network.mask_token
+    steps = min(steps, network.num_tokens)
     counts = reveal_counts(masked.sum(1), steps, reveal)
-    if not counts:
+    busy = [bool(count.any()) for count in counts]
+    if not any(busy):
         return ids  # the mask leaves nothing to draw
-    steps = len(counts)
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     progresses = [share / max(shares[-1], 1e-12) for share in shares]
-    run = WholeGridPass(network, cond, uncond, guidance, progresses)
+    passes = [progress for progress, runs in zip(progresses, busy, strict=True) if runs]
+    run = WholeGridPass(network, cond, uncond, guidance, passes)
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
-        guided = run(progress, f"step {index}", ids)
+        # before an idle step is passed over: it may be idle here, and not in a batch with other masks
         noise = uniform(sources, (2, network.num_tokens)).to(cond.device)
+        if not busy[index]:
+            continue
+        guided = run(progress, f"step {index}", ids)
         logits = _drawable(guided.out, masked, index)
         probabilities = choose(logits)
         drawn = draw(probabilities, noise[:, 0])
@@ -172,24 +179,23 @@ def masked_share(reveal: Reveal, r: float) -> float:
 
 
 def reveal_counts(masked: Tensor, steps: int, reveal: Reveal) -> list[Tensor]:
-    """How many tokens each step reveals.
+    """How many tokens each step reveals, in each sample by itself: the rest of the batch plays no part.
 
     Args:
         masked: number of masked tokens of each sample (B,).
-        steps: at most so many; fewer if there are fewer tokens.
+        steps: of the schedule.
         reveal: the schedule.
 
     Returns:
-        one (B,) a step; every sample reveals at least one token a step until it has none left, and the rest at the
-        last.
+        one (B,) a step. A sample with at least as many tokens as steps reveals one or more a step, and the rest at
+        the last; one with fewer spreads them over the schedule, the first at the first step, and some of its steps
+        reveal none.
     """
-    most = int(masked.max()) if len(masked) else 0
-    steps = min(steps, most)
     counts, left = [], masked
     for index in range(steps):
         share = masked_share(reveal, (index + 1) / steps) if index + 1 < steps else 0.0
         wanted = (masked.double() * share + 1e-9).floor().long()  # 22 * (1 - 21 / 22) is 1, not 0
-        after = torch.minimum(wanted, (left - 1).clamp(min=0))
+        after = torch.where(masked < steps, wanted, torch.minimum(wanted, (left - 1).clamp(min=0)))
         counts.append(left - after)
         left = after
     return counts
