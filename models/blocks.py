@@ -21,6 +21,15 @@ class KeyValue(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of (B, heads, tokens, D / heads) each; mask (queries, keys), True to look."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # its backward pass takes nine times as long there in bfloat16 as in float32
+        with torch.autocast("cpu", enabled=False):
+            return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: RMSNorm, attention, RMSNorm, SwiGLU.
 
@@ -212,7 +221,7 @@ def encode_prefix(blocks: nn.ModuleList, x: Tensor) -> EncodedCondition:
 
             def attend(q: Tensor, k: Tensor, v: Tensor, held: list[KeyValue] = held) -> Tensor:
                 held.append(KeyValue(k, v))
-                return F.scaled_dot_product_attention(q, k, v)
+                return attention(q, k, v)
 
             x = block(x, attend)
             k, v = held[0]
@@ -262,7 +271,7 @@ class KVCache:
         self.keys[layer, :, :, start:stop] = k
         self.values[layer, :, :, start:stop] = v
         keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return attention(q, keys, values, mask)
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:

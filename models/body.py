@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.blocks import (
     Block,
@@ -15,6 +14,7 @@ from models.blocks import (
     KVCache,
     Modulation,
     Prefix,
+    attention,
     causal_mask,
     encode_prefix,
 )
@@ -115,7 +115,7 @@ class Body(nn.Module):
                 q: Tensor, k: Tensor, v: Tensor, pk: Tensor = past_key, pv: Tensor = past_value
             ) -> Tensor:
                 k, v = torch.cat([pk, k], dim=2), torch.cat([pv, v], dim=2)
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                return attention(q, k, v, mask)
 
             x = block(x, attend, modulations[i] if modulations is not None else None)
         hidden: Tensor = self.norm(x)

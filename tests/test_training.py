@@ -194,6 +194,21 @@ def test_fit_finds_a_line_and_returns_the_average(tmp_path):
     assert len(Checkpoints(tmp_path / "checkpoints").files()) == 2  # the others are removed
 
 
+@pytest.mark.parametrize(("precision", "used"), [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_products_have_the_precision_of_the_recipe_and_weights_stay_float32(
+    tmp_path, precision, used
+):
+    seen = set()
+
+    def loss(module, batch, step):
+        seen.add(module(batch[0]).dtype)
+        return line_loss(module, batch, step)
+
+    settings = Optimization(steps=2, precision=precision)
+    trained = fit(Line(), line_data(), loss, settings, tmp_path, tracker=False)
+    assert seen == {getattr(torch, used)} and trained.weight.dtype == torch.float32
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     def broken(module, batch, step):
         return line_loss(module, batch, step) * (float("nan") if step == 3 else 1)

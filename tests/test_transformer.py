@@ -9,6 +9,7 @@ from tiny import transformer, wrapped_transformer
 from torch import nn
 
 from models import TokenTransformer, TokenTransformerConfig
+from models.blocks import attention
 from models.packed import PackedLinear, pack
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig
 from unicfg.training.losses import token_loss
@@ -49,6 +50,15 @@ def test_every_parameter_receives_a_gradient():
     token_loss(wrapped, ids, cond).backward()
     untouched = [name for name, p in wrapped.named_parameters() if p.grad is None]
     assert untouched == []
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_that_in_float32_rounded_once(autocast):
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    with torch.autocast("cpu", enabled=autocast):
+        out = attention(q, k, v, mask)
+    assert torch.equal(out, attention(q.float(), k.float(), v.float(), mask).bfloat16())
 
 
 def test_cached_equals_uncached():

@@ -48,6 +48,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, scales: int = 3) -> Tens
     L1 alone settles on the median, which is blurred; the gradient and SSIM terms price lost edges, and the
     pyramid keeps large areas at the right colour.
     """
+    output = output.float()  # the variances of SSIM are small differences, which bfloat16 loses
     pairs = list(zip(_pyramid(output, scales), _pyramid(target, scales), strict=True))
     loss = torch.stack([F.l1_loss(o, t) for o, t in pairs]).mean()
     for o, t in zip(_gradients(output), _gradients(target), strict=True):

@@ -103,8 +103,7 @@ def fit(
 ) -> nn.Module:
     """Train ``module`` and return its moving average, in eval mode.
 
-    Writes ``metrics.jsonl``, tensorboard events where that is installed, and checkpoints into ``folder``. With
-    bfloat16 where there is a GPU that has it.
+    Writes ``metrics.jsonl``, tensorboard events where that is installed, and checkpoints into ``folder``.
 
     Args:
         module: what to train.
@@ -121,11 +120,13 @@ def fit(
         FloatingPointError: if the loss or its gradient is not finite; names the step.
         OSError: if a checkpoint cannot be written; the one before stays whole.
     """
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
         log_with="tensorboard" if tracker and _has_tensorboard() else None,
         project_dir=folder,
+    )
+    # not accelerate's: its mixed precision is one for the whole process, a tokenizer and a model may differ
+    bfloat16 = torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=_uses_bfloat16(settings)
     )
     optimizers = make_optimizers(module, settings)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -157,7 +158,7 @@ def fit(
         model.train()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, settings)
-        with accelerator.autocast():
+        with bfloat16:
             loss = loss_function(model, batch, step)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
@@ -200,6 +201,13 @@ def fit(
     bar.close()
     accelerator.end_training()
     return average.module.eval()
+
+
+def _uses_bfloat16(settings: Optimization) -> bool:
+    """As the recipe says, or where a GPU has it."""
+    if settings.precision is None:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.precision == "bfloat16"
 
 
 def _has_tensorboard() -> bool:
