@@ -10,8 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicfg import Guidance, guide
-from unicfg.guidance.schedules import constant, cosine, interval, linear, power_cosine, table
+from unicfg import Guidance, guide, sample_diffusion
+from unicfg.guidance import presets
+from unicfg.guidance.schedules import (
+    at_levels,
+    constant,
+    cosine,
+    decay,
+    interval,
+    linear,
+    log_snr_interval,
+    noise_interval,
+    power_cosine,
+    table,
+)
+from unicfg.sampling import cosine as cosine_path
+from unicfg.sampling import straight
 
 progresses = st.floats(0, 1)
 
@@ -24,6 +38,68 @@ def test_values_of_every_schedule():
     assert cosine(1, 5)(0.25) == pytest.approx(1 + 4 * (1 - math.cos(math.pi / 4)) / 2)
     assert power_cosine(8, 2.0)(0.5) == pytest.approx(1 + 7 * (1 - math.cos(math.pi / 4)) / 2)
     assert [power_cosine(8, 2.0)(p) for p in (0.0, 1.0)] == pytest.approx([1.0, 8.0])
+
+
+def test_decay_by_hand():
+    assert decay(5.0, 2.0)(0.0) == 5.0
+    assert decay(5.0, 2.0)(0.5) == pytest.approx(1 + 4 * math.exp(-1))
+    assert decay(5.0, 0.0)(1.0) == 5.0
+
+
+@pytest.mark.parametrize("path", [straight(), cosine_path()])
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+def test_a_noise_interval_means_the_same_noise_on_every_path_and_grid(path, spacing):
+    seen = []
+
+    def model(x, cond, t):
+        return x * 0 + cond
+
+    inner = noise_interval(3.0, 0.5, 2.0)
+    schedule = interval(table([inner, inner]), 0.0, 1.0)  # nested twice
+    cond, null = torch.ones(2, 1), torch.zeros(1)
+    settings = {"shape": (1,), "path": path, "space": "v", "seeds": [0, 1], "steps": 12}
+    sample_diffusion(
+        model,
+        cond,
+        uncond=null,
+        guidance=Guidance(schedule),
+        spacing=spacing,
+        callback=lambda step: seen.append((step.t, step.scale)),
+        **settings,
+    )
+    inside = 0
+    for t, scale in seen:
+        alpha, sigma = path.coefficients(torch.tensor(t, dtype=torch.float64))
+        within = bool(0.5 * alpha <= sigma) and bool(sigma <= 2 * alpha)
+        inside += within
+        assert scale == (3.0 if within else 1.0)
+    assert len(seen) == 12 and 0 < inside < 12
+
+
+def test_noise_intervals_include_both_ends_and_speak_log_snr():
+    levels = [math.inf, 4.0, 2.0, 1.0, 0.5]
+    bound = at_levels(noise_interval(3.0, 1.0, 4.0, outside=linear(0.0, 0.5)), levels)
+    assert [bound(i / 4) for i in range(5)] == [0.0, 3.0, 3.0, 3.0, 0.5]
+    by_snr = log_snr_interval(3.0, -2 * math.log(4.0), 0.0)
+    assert (by_snr.low, by_snr.high) == (1.0, pytest.approx(4.0))
+    with pytest.raises(ValueError, match="only sample_diffusion has"):
+        Guidance(noise_interval(3.0, 0.5, 2.0)).scale_at(0.5)
+
+
+@pytest.mark.parametrize("name", presets.__all__)
+def test_presets_say_their_source_and_give_a_guidance(name):
+    preset = getattr(presets, name)
+    assert "arXiv" in preset.__doc__
+    for progress in (0.0, 0.4, 1.0):
+        assert math.isfinite(preset().scale_at(progress))
+
+
+def test_presets_by_hand():
+    assert [presets.mar_base().scale_at(p) for p in (0.0, 1.0)] == [1.0, 2.9]
+    assert presets.var().scale_at(1.0) == 2.5
+    assert presets.magnet().scale_at(0.0) == 10.0 and presets.magnet().scale_at(1.0) == 1.0
+    guided = [i for i in range(32) if presets.edm2_interval().scale_at(i / 31) != 1.0]
+    assert guided == list(range(17, 23))
 
 
 def test_power_cosine_equals_the_published_formula_of_rar():
@@ -111,7 +187,7 @@ def test_combine_guides_and_applies_mitigations_in_order():
 
     out = Guidance(4.0, mitigations=(clip, double)).combine(0.5, cond, uncond)
     torch.testing.assert_close(out, guide(cond, uncond, 4.0).clamp(-1, 1) * 2)
-    assert seen[0][0] is cond and seen[0][1] is uncond
+    assert torch.equal(seen[0][0], cond) and torch.equal(seen[0][1], uncond)
 
 
 def test_combine_without_guidance_returns_the_branch_itself():

@@ -1,6 +1,15 @@
 """Guidance: the formula, the scale over time, and what reins it in. Imports torch and nothing else."""
 
-from unicfg.guidance import schedules
+from unicfg.guidance import mitigations, presets, schedules, spaces
 from unicfg.guidance.core import Guidance, guide, scale_from_beta, scale_from_w
 
-__all__ = ["Guidance", "guide", "scale_from_beta", "scale_from_w", "schedules"]
+__all__ = [
+    "Guidance",
+    "guide",
+    "mitigations",
+    "presets",
+    "scale_from_beta",
+    "scale_from_w",
+    "schedules",
+    "spaces",
+]

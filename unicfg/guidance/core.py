@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from unicfg.guidance.spaces import SPACES, Level, check_space
 
 Scale = float | Tensor
 Schedule = Callable[[float], Scale]
@@ -172,7 +175,8 @@ class Guidance:
     Args:
         scale: a number, a tensor (B,) with one scale a sample, or a schedule: a callable from progress
             (0.0 at the first sampling step, 1.0 at the last) to either. See ``unicfg.guidance.schedules``.
-        mitigations: callables ``(guided, cond_out, uncond_out) -> guided``, applied in order after the formula.
+        mitigations: callables ``(guided, cond_out, uncond_out) -> guided``, applied in order after the formula, each
+            in the space that it declares; see ``unicfg.guidance.mitigations``.
 
     Raises:
         ValueError: if a fixed scale is not finite or has another shape than () or (B,).
@@ -221,8 +225,39 @@ class Guidance:
                 return (branch,)
         return ("cond", "uncond")
 
+    def begin(self, space: str) -> Guidance:
+        """The guidance of one sampling: mitigations that remember earlier steps start anew.
+
+        Samplers call this before their first step; so does a loop of your own, if a mitigation has momentum.
+
+        Args:
+            space: what the model predicts: "eps", "x0", "v", "flow", "score" or "logits".
+
+        Raises:
+            ValueError: if a mitigation has no meaning there.
+        """
+        if space != "logits":
+            check_space(space)
+        for mitigation in self.mitigations:
+            native = getattr(mitigation, "space", None)
+            if native is not None and (native == "logits") != (space == "logits"):
+                raise ValueError(
+                    f"the mitigation {_name(mitigation)} works on {native}, and the model predicts {space}: "
+                    + (
+                        "expected one for logits, such as temperature_matching or kl_trust_region"
+                        if space == "logits"
+                        else "expected one for denoisers, such as rescale or apg"
+                    )
+                )
+        fresh = (m.begin() if hasattr(m, "begin") else m for m in self.mitigations)
+        return replace(self, mitigations=tuple(fresh))
+
     def combine(
-        self, progress: float, cond_out: Tensor | None, uncond_out: Tensor | None
+        self,
+        progress: float,
+        cond_out: Tensor | None,
+        uncond_out: Tensor | None,
+        level: Level | None = None,
     ) -> Tensor:
         """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
 
@@ -232,9 +267,10 @@ class Guidance:
             progress: fraction of sampling done, in [0, 1].
             cond_out: (B, ...), or None where the step does not need it.
             uncond_out: (B, ...), or None where the step does not need it.
+            level: of denoisers, where the outputs were made: needed by mitigations with a space of their own.
 
         Raises:
-            ValueError: if a branch that the step needs is missing.
+            ValueError: if a branch that the step needs is missing, or a level that a mitigation needs.
         """
         outputs = {"cond": cond_out, "uncond": uncond_out}
         needed = [outputs[branch] for branch in self.branches_at(progress)]
@@ -249,10 +285,51 @@ class Guidance:
         assert cond_out is not None and uncond_out is not None
         s = self.scale_at(progress)
         s = s.to(cond_out.device) if isinstance(s, Tensor) else s
+        if not self.mitigations:
+            return guide(cond_out, uncond_out, s)
+        _check_outputs(cond_out, uncond_out)
+        dtype = cond_out.dtype
+        precise = torch.promote_types(dtype, torch.float32)  # rounded once, at the end
+        cond_out, uncond_out = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
         guided = guide(cond_out, uncond_out, s)
         for mitigation in self.mitigations:
-            guided = mitigation(guided, cond_out, uncond_out)
-        return guided
+            guided = _mitigate(mitigation, progress, guided, cond_out, uncond_out, level)
+        return to_dtype(guided, dtype)
+
+
+def to_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype; what is too large for it saturates, and -inf, which masks a logit, stays."""
+    if out.dtype == dtype:
+        return out
+    limits = torch.finfo(dtype)
+    return torch.where(out.isneginf(), out, out.clamp(limits.min, limits.max)).to(dtype)
+
+
+def _mitigate(
+    mitigation: Any,
+    progress: float,
+    guided: Tensor,
+    cond_out: Tensor,
+    uncond_out: Tensor,
+    level: Level | None,
+) -> Tensor:
+    """Apply one mitigation in its own space."""
+    mitigation = mitigation.at(progress) if hasattr(mitigation, "at") else mitigation
+    space = getattr(mitigation, "space", None)
+    if space not in SPACES or (level is not None and level.space == space):
+        mitigated: Tensor = mitigation(guided, cond_out, uncond_out)
+        return mitigated
+    if level is None:
+        raise ValueError(
+            f"level is None, expected the noise level of the outputs: the mitigation {_name(mitigation)} works on "
+            f"{space} predictions"
+        )
+    outputs = (level.to_space(out, space) for out in (guided, cond_out, uncond_out))
+    return level.from_space(mitigation(*outputs), space)
+
+
+def _name(mitigation: object) -> str:
+    return getattr(mitigation, "__name__", type(mitigation).__name__)
 
 
 def _check_schedule_value(s: object, where: str) -> Scale:

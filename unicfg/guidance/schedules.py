@@ -10,6 +10,7 @@ a callable; a frozen dataclass prints its own settings.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,18 @@ from torch import Tensor
 
 from unicfg.guidance.core import Scale, Schedule
 
-__all__ = ["constant", "cosine", "interval", "linear", "power_cosine", "table"]
+__all__ = [
+    "at_levels",
+    "constant",
+    "cosine",
+    "decay",
+    "interval",
+    "linear",
+    "log_snr_interval",
+    "noise_interval",
+    "power_cosine",
+    "table",
+]
 
 
 def _at(scale: Scale | Schedule, progress: float) -> Scale:
@@ -117,6 +129,94 @@ class interval:
     def __call__(self, progress: float) -> Scale:
         """The scale at ``progress``."""
         return _at(self.scale if self.start <= progress <= self.end else self.outside, progress)
+
+
+@dataclass(frozen=True)
+class decay:
+    """From ``scale`` towards 1: 1 + (scale - 1) * exp(-rate * progress).
+
+    The first steps decide on the composition and get all of the guidance, the last ones little.
+
+    Raises:
+        ValueError: if ``rate`` is negative.
+    """
+
+    scale: Scale | Schedule
+    rate: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        if not 0 <= self.rate < math.inf:
+            raise ValueError(f"rate is {self.rate}, expected a finite number >= 0")
+
+    def __call__(self, progress: float) -> Scale:
+        """The scale at ``progress``."""
+        return _blend(1.0, _at(self.scale, progress), math.exp(-self.rate * progress))
+
+
+@dataclass(frozen=True)
+class noise_interval:
+    """``scale`` at noise levels low <= sigma / alpha <= high (both ends included), ``outside`` elsewhere.
+
+    For denoisers: the same stretch of noise whatever the path, the number of steps and their spacing. On the paths of
+    EDM, where alpha is 1, it is the interval in sigma of Kynkaanniemi et al., arXiv 2404.07724, equation 5 (whose lower
+    end is excluded).
+
+    Raises:
+        ValueError: unless 0 <= low <= high; when called outside of ``sample_diffusion``, which alone knows the levels.
+    """
+
+    scale: Scale | Schedule
+    low: float
+    high: float
+    outside: Scale | Schedule = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ends."""
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"interval is [{self.low}, {self.high}], expected 0 <= low <= high")
+
+    def __call__(self, progress: float) -> Scale:
+        """Refuse: progress alone does not tell the noise level."""
+        raise ValueError(
+            "noise_interval needs the noise levels of a sampling, which only sample_diffusion has: expected interval() "
+            "in other samplers, or at_levels() in a loop of your own"
+        )
+
+    def at_levels(self, ratios: Sequence[float]) -> Schedule:
+        """The schedule of a sampling whose steps are at these sigma / alpha."""
+        inside = (self.low <= ratio <= self.high for ratio in ratios)
+        return table([self.scale if within else self.outside for within in inside])
+
+
+def log_snr_interval(
+    scale: Scale | Schedule, low: float, high: float, outside: Scale | Schedule = 1.0
+) -> noise_interval:
+    """``scale`` where low <= log(alpha^2 / sigma^2) <= high: a :class:`noise_interval` in log-SNR.
+
+    Raises:
+        ValueError: unless low <= high.
+    """
+    if not low <= high:
+        raise ValueError(f"interval is [{low}, {high}], expected low <= high")
+    return noise_interval(scale, math.exp(-high / 2), math.exp(-low / 2), outside)
+
+
+def at_levels(scale: Scale | Schedule, ratios: Sequence[float]) -> Scale | Schedule:
+    """A scale or schedule for a sampling whose steps are at these sigma / alpha, nested schedules included."""
+    if hasattr(scale, "at_levels"):
+        scale = scale.at_levels(ratios)
+    if isinstance(scale, Tensor) or not dataclasses.is_dataclass(scale):
+        return scale
+    changes = {}
+    for field in dataclasses.fields(scale):
+        value = getattr(scale, field.name)
+        if isinstance(value, tuple):
+            changes[field.name] = tuple(at_levels(entry, ratios) for entry in value)
+        elif callable(value):
+            changes[field.name] = at_levels(value, ratios)
+    schedule: Schedule = dataclasses.replace(scale, **changes)
+    return schedule
 
 
 @dataclass(frozen=True)

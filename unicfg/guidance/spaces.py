@@ -14,6 +14,7 @@ sample in each of them; what is done to the guided output afterwards does not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +22,31 @@ from torch import Tensor
 
 Space = Literal["eps", "x0", "v", "flow", "score"]
 SPACES: tuple[Space, ...] = get_args(Space)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where predictions were made: what it takes to read them in another space.
+
+    Attributes:
+        x: the noisy sample (B, ...) that the model saw.
+        alpha: share of the clean sample in it; a 0-d tensor, or one that broadcasts to x.
+        sigma: share of the noise, likewise.
+        space: of the predictions.
+    """
+
+    x: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    space: Space
+
+    def to_space(self, out: Tensor, space: Space) -> Tensor:
+        """A prediction of the model in another space."""
+        return convert(out, self.x, self.alpha, self.sigma, self.space, space)
+
+    def from_space(self, out: Tensor, space: Space) -> Tensor:
+        """What the model would have had to predict for ``out`` in another space."""
+        return convert(out, self.x, self.alpha, self.sigma, space, self.space)
 
 
 def check_space(space: str) -> Space:

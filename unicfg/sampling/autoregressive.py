@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.sampling.branches import (
+    begin_guidance,
     branch_conditions,
-    check_guidance,
     combine,
     needed_branches,
     network_and_null,
@@ -116,7 +116,7 @@ def sample_autoregressive(
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
-    guidance = check_guidance(guidance)
+    guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)
     batch, total = len(cond), network.num_tokens
     noise = uniform(generators(check_seeds(seeds, batch)), (total,)).to(cond.device)

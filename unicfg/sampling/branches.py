@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unicfg.guidance.core import Guidance, Scale
+from unicfg.guidance.spaces import Level
 from unicfg.training.dropout import ConditionDropout, expand_null
 
 
@@ -39,6 +40,7 @@ def combine(
     cond_out: Tensor | None,
     uncond_out: Tensor | None,
     step: str,
+    level: Level | None = None,
 ) -> Guided:
     """Guide the outputs of one step.
 
@@ -48,11 +50,12 @@ def combine(
         cond_out: (B, ...), or None where not needed.
         uncond_out: (B, ...), or None where not needed.
         step: what to call this step in an error, as in "step 3".
+        level: where a denoiser's outputs were made.
 
     Raises:
         FloatingPointError: if an output holds NaN or +inf; names the step and the branch.
     """
-    out = guidance.combine(progress, cond_out, uncond_out)
+    out = guidance.combine(progress, cond_out, uncond_out, level)
     # -inf masks a logit and is let through; one pass over the result shows what is wrong with any branch
     if not bool(out.isfinite().all()) and bool((out.isnan() | out.isposinf()).any()):
         branches = {"cond": cond_out, "uncond": uncond_out}
@@ -68,16 +71,21 @@ def combine(
     return Guided(out, guidance.scale_at(progress), cond_out, uncond_out)
 
 
-def check_guidance(guidance: Guidance | None) -> Guidance:
-    """The guidance to use; None is the conditional model.
+def begin_guidance(guidance: Guidance | None, space: str) -> Guidance:
+    """The guidance of one sampling; None is the conditional model.
+
+    Args:
+        guidance: as given to the sampler.
+        space: what the model predicts, see :meth:`Guidance.begin`.
 
     Raises:
         TypeError: if it is something else.
+        ValueError: if a mitigation has no meaning in ``space``.
     """
     guidance = Guidance(1.0) if guidance is None else guidance
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance is {guidance!r}, expected a Guidance, as in Guidance(3.0)")
-    return guidance
+    return guidance.begin(space)
 
 
 def progress_at(index: int, total: int) -> float:
@@ -186,7 +194,9 @@ class WholeGridPass:
             part = joint.rows(start, stop) if encode is not None else joint[start:stop]
             self.conditions[(name,)] = part
 
-    def __call__(self, progress: float, step: str, x: Tensor, *rest: Tensor) -> Guided:
+    def __call__(
+        self, progress: float, step: str, x: Tensor, *rest: Tensor, level: Level | None = None
+    ) -> Guided:
         """Run the branches that ``progress`` needs on x (B, ...) and guide them.
 
         Args:
@@ -194,11 +204,12 @@ class WholeGridPass:
             step: what to call this step in an error.
             x: (B, ...), the same for every branch.
             rest: further arguments of the network, (B, ...) each.
+            level: of a denoiser, the noise level of x.
 
         Raises:
             FloatingPointError: if an output holds NaN or +inf.
         """
-        return combine(self.guidance, progress, *self.branches(progress, x, *rest), step)
+        return combine(self.guidance, progress, *self.branches(progress, x, *rest), step, level)
 
     def branches(
         self, progress: float, x: Tensor, *rest: Tensor

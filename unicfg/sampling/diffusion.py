@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance
-from unicfg.guidance.spaces import (
-    Space,
-    check_space,
-)
+from unicfg.guidance.schedules import at_levels
+from unicfg.guidance.spaces import Level, Space, check_space
 from unicfg.sampling.branches import (
     Guided,
     WholeGridPass,
-    check_guidance,
+    begin_guidance,
     network_and_null,
     progress_at,
 )
@@ -69,7 +68,7 @@ def sample_diffusion(
         shape: of one sample, as in (C, h, w). None takes ``latent_shape`` of the network.
         path: that the model was trained on, see ``unicfg.sampling.paths``. None takes ``path`` of the network.
         space: that the model predicts in: "eps", "x0", "v", "flow" or "score". None takes ``space`` of the network.
-        guidance: scale, schedule and mitigations, applied in the model's own space; None is ``Guidance(1.0)``.
+        guidance: scale, schedule and mitigations, each applied in its own space; None is ``Guidance(1.0)``.
         uncond: the null condition (...), or a negative condition a sample (B, ...). None takes the one that
             ``model`` was trained with.
         steps: intervals of the time grid.
@@ -100,12 +99,12 @@ def sample_diffusion(
         >>> latents = sample_diffusion(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], solver="heun")
     """
     network, uncond = network_and_null(model, uncond)
-    guidance = check_guidance(guidance)
     shape = tuple(
         _declared(network, "latent_shape", "shape", None if shape is None else tuple(shape))
     )
     path = _check_path(_declared(network, "path", "path", path))
     space = check_space(_declared(network, "space", "space", space))
+    guidance = begin_guidance(guidance, space)
     sources = generators(check_seeds(seeds, len(cond)))
     noise = normal(sources, shape).to(cond.device)
     pin = _pin(init, mask, noise)
@@ -113,7 +112,11 @@ def sample_diffusion(
         check_solver(solver, eta)
         grid = time_grid(path, steps, spacing, shift, times)
         progresses = [progress_at(i, len(grid) - 1) for i in range(len(grid) - 1)]
-        evaluate = _evaluation(WholeGridPass(network, cond, uncond, guidance, progresses))
+        alpha, sigma = path.coefficients(grid[:-1])
+        guidance = _at_levels(guidance, (sigma / alpha).tolist())
+        evaluate = _evaluation(
+            WholeGridPass(network, cond, uncond, guidance, progresses), path, space
+        )
         x = noise * path.coefficients(grid)[1][0]
         return integrate(
             evaluate, x, grid, path, space, solver, eta, sources, pin=pin, callback=callback
@@ -125,13 +128,22 @@ def sample_diffusion(
         )
     scheduled = Scheduled(scheduler, check_steps(steps), path, space)
     progresses = [progress_at(i, len(scheduled.timesteps)) for i in range(len(scheduled.timesteps))]
-    evaluate = _evaluation(WholeGridPass(network, cond, uncond, guidance, progresses))
+    guidance = _at_levels(guidance, scheduled.ratios)
+    evaluate = _evaluation(WholeGridPass(network, cond, uncond, guidance, progresses), path, space)
     return scheduled.sample(evaluate, noise, sources, pin, callback)
 
 
-def _evaluation(guided_pass: WholeGridPass) -> Evaluate:
+def _at_levels(guidance: Guidance, ratios: Sequence[float]) -> Guidance:
+    """The guidance with schedules in noise levels as schedules in progress."""
+    return replace(guidance, scale=at_levels(guidance.scale, ratios))
+
+
+def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluate:
     def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
-        guided = guided_pass(progress, f"step {index}", x, t)
+        level = None
+        if guided_pass.guidance.mitigations:
+            level = Level(x, *path.coefficients(t[0].double()), space)
+        guided = guided_pass(progress, f"step {index}", x, t, level=level)
         if guided.out.shape != x.shape:
             raise ValueError(
                 f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
+from unicfg.guidance.spaces import Level
 from unicfg.sampling.autoregressive import CachedBranches
 from unicfg.sampling.branches import (
     Guided,
     WholeGridPass,
+    begin_guidance,
     branch_conditions,
-    check_guidance,
     combine,
     needed_branches,
     network_and_null,
@@ -131,14 +132,20 @@ def sample_hybrid(
         >>> latents = sample_hybrid(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
-    guidance = check_guidance(guidance)
+    guidance = begin_guidance(guidance, network.head.space)
     if guide_at not in GUIDE_AT:
         raise ValueError(f"guide_at is {guide_at!r}, expected one of {', '.join(GUIDE_AT)}")
+    if guide_at == "states" and guidance.mitigations:
+        raise ValueError(
+            "guide_at is 'states' with mitigations, which are made for predictions of the head: expected 'head' or "
+            "'both'"
+        )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, expected a finite number >= 0")
     times = time_grid(network.head.path, steps, spacing)
     prepared = network.head.prepare(times.to(cond.device))
-    head = _Head(network.head, prepared, guidance, guide_at, solver, times)
+    levels = list(zip(*network.head.path.coefficients(times), strict=True))
+    head = _Head(network.head, prepared, guidance, guide_at, solver, times, levels)
     batch, length = len(cond), network.num_tokens
     sources = generators(check_seeds(seeds, batch))
     (channels,) = network.head.latent_shape
@@ -251,6 +258,7 @@ class _Head:
     guide_at: GuideAt
     solver: Solver
     times: Tensor
+    levels: Sequence[tuple[Tensor, Tensor]]
 
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
         """Latents (B, k, C) for noise (B, k, C)."""
@@ -259,25 +267,28 @@ class _Head:
         guidance = Guidance(scale, self.guidance.mitigations)
         cond_state, uncond_state = turn.cond_state, turn.uncond_state
         if self.guide_at != "head":
-            name = f"token {turn.index}"
-            extrapolated = combine(self.guidance, turn.progress, cond_state, uncond_state, name)
+            # mitigations are for predictions; hidden states have no space
+            plain, name = Guidance(scale), f"token {turn.index}"
+            extrapolated = combine(plain, turn.progress, cond_state, uncond_state, name)
             cond_state = extrapolated.out
             guidance = guidance if self.guide_at == "both" else Guidance(1.0)
         states = [state for state in (cond_state, uncond_state) if state is not None]
-        if len(states) == 1 or guidance.branches_at(turn.progress) == ("cond",):
+        if len(states) == 1 or guidance.branches_at(0.0) == ("cond",):
             states, guidance = states[:1], Guidance(1.0)  # nothing to extrapolate
         denoisers = self.prepared(torch.cat(states))
         count = len(states)
+        path, space = self.network.path, self.network.space
+        running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
 
         def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
             if count == 1:
                 out = denoisers[index](x)
                 return Guided(out, 1.0, out, None)
             cond_out, uncond_out = denoisers[index](torch.cat([x, x])).chunk(2)
-            out = guidance.combine(turn.progress, cond_out, uncond_out)
+            level = Level(x, *self.levels[index], space) if running.mitigations else None
+            out = running.combine(progress, cond_out, uncond_out, level)
             return Guided(out, scale, cond_out, uncond_out)
 
-        path, space = self.network.path, self.network.space
         x = noise * path.coefficients(self.times)[1][0]
         try:
             return integrate(evaluate, x, self.times, path, space, self.solver)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
-from unicfg.sampling.branches import WholeGridPass, check_guidance, network_and_null
+from unicfg.sampling.branches import WholeGridPass, begin_guidance, network_and_null
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.tokens import TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
@@ -119,7 +119,7 @@ def sample_masked(
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
     """
     network, uncond = network_and_null(model, uncond)
-    guidance = check_guidance(guidance)
+    guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)
     _check_options(steps, reveal, choice_noise)
     batch = len(cond)

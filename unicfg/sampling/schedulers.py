@@ -65,6 +65,11 @@ class Scheduled:
         self.taus = [self._tau(i) for i in range(len(self.timesteps))]
         self._check_levels()
 
+    @property
+    def ratios(self) -> list[float]:
+        """Sigma / alpha at each timestep."""
+        return [tau / (1 - tau) if tau < 1 else math.inf for tau in self.taus]
+
     def sample(
         self,
         evaluate: Evaluate,
