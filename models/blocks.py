@@ -143,15 +143,16 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 64) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies), persistent=False)
+        self.frequencies = frequencies
         self.net = nn.Sequential(
             nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
         )
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed."""
-        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        angles = t.float()[..., None] * frequencies.float()
+        # made here, not a buffer: one in bfloat16 would be off by whole turns at the high frequencies
+        frequencies = torch.logspace(0, 3, self.frequencies, device=t.device)
+        angles = t.float()[..., None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         embedded: Tensor = self.net(features.to(self.net[0].weight.dtype))  # type: ignore[arg-type]
         return embedded

@@ -99,7 +99,7 @@ class DiffusionHead(nn.Module):
         Returns:
             hidden (..., D) -> N functions (..., C) -> (..., C).
         """
-        at_times = self.time(times.to(self.inputs.weight))[:, None]
+        at_times = self.time(times.to(self.inputs.weight.device))[:, None]
         blocks = [(*_transposed(block.up), *_transposed(block.down)) for block in self._blocks()]
         first, final = _transposed(self.inputs), _transposed(self.outputs)
         width = (self.inputs.out_features,)

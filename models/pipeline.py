@@ -38,6 +38,7 @@ from unicfg.sampling import (
     sample_hybrid,
     sample_masked,
 )
+from unicfg.sampling.hybrid import PASSES
 from unicfg.training.dropout import ConditionDropout
 
 Network = TokenTransformer | MaskedTransformer | LatentDenoiser | HybridTransformer
@@ -54,10 +55,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "init_image", "mask"),
     "diffusion": ("steps", "solver", "scheduler", "init_image", "mask"),
     "flow": ("steps", "solver", "scheduler", "init_image", "mask"),
-    "hybrid": ("steps", "solver", "temperature"),
+    "hybrid": ("steps", "solver", "temperature", "guide_at"),
 }
 # unless told otherwise
-STEPS = {"masked": 12, "diffusion": 30, "flow": 30, "hybrid": 20}
+STEPS = {"masked": 16, "diffusion": 30, "flow": 30, "hybrid": 20}
+# the order by confidence sharpens the distribution by itself, which hides what guidance adds; a fixed order does not
+REVEAL = "halton"
 SOLVERS = {"diffusion": "dpmpp_2m", "flow": "dpmpp_2m", "hybrid": "ddim"}
 DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
@@ -93,6 +96,10 @@ class TextToImage:
             raise ValueError(
                 f"model is a {type(network).__name__}, the family {family!r} expects a "
                 f"{MODEL_CLASSES[family].__name__}"
+            )
+        if family == "flow" and network.space != "flow":
+            raise ValueError(
+                f"model predicts {network.space}, the family 'flow' expects 'flow': the others are 'diffusion'"
             )
         _check_encoding(network, tokenizer)
         if network.config.condition_length != text.length:
@@ -147,6 +154,7 @@ class TextToImage:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guide_at: str | None = None,
         init_image: Image.Image | Tensor | None = None,
         mask: Image.Image | Tensor | None = None,
         callback: Callable[[Any], None] | None = None,
@@ -162,6 +170,7 @@ class TextToImage:
             "temperature": None if temperature == 1.0 else temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "guide_at": guide_at,
             "init_image": init_image,
             "mask": mask,
         }
@@ -181,6 +190,8 @@ class TextToImage:
             ids = sample_autoregressive(self.model, cond, **shared, **given)
             return self.tokenizer.decode(self._as_grid(ids))
         if self.family == "masked":
+            given.setdefault("steps", STEPS["masked"])
+            given.setdefault("reveal", REVEAL)
             ids = sample_masked(self.model, cond, **shared, **known, **given)
             return self.tokenizer.decode(self._as_grid(ids))
         given = {"steps": STEPS[self.family]} | given
@@ -196,8 +207,8 @@ class TextToImage:
     def defaults(self) -> dict[str, Any]:
         """What the family's options are where nothing is said."""
         values: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
-        values |= {"reveal": "cosine", "steps": STEPS.get(self.family)}
-        values |= {"solver": SOLVERS.get(self.family), "scheduler": None}
+        values |= {"reveal": REVEAL, "steps": STEPS.get(self.family)}
+        values |= {"solver": SOLVERS.get(self.family), "scheduler": None, "guide_at": "head"}
         options = OPTIONS[self.family]
         return {name: value for name, value in values.items() if name in options}
 
@@ -207,8 +218,13 @@ class TextToImage:
         Args:
             steps: as given to the call.
         """
+        tokens = self.network.config.grid**2
+        if isinstance(self.network, HybridTransformer) and self.network.order == "masked":
+            return min(PASSES, tokens)
         if self.family in ("ar", "hybrid"):
-            return self.network.config.grid**2
+            return tokens
+        if self.family == "masked":
+            return min(steps or STEPS["masked"], tokens)
         return STEPS[self.family] if steps is None else steps
 
     def _as_grid(self, tokens: Tensor) -> Tensor:
@@ -260,6 +276,7 @@ class TextToImage:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guide_at: str | None = None,
         init_image: Image.Image | Tensor | None = None,
         mask: Image.Image | Tensor | None = None,
         callback: Callable[[Any], None] | None = None,
@@ -276,11 +293,13 @@ class TextToImage:
                 each token. None is ``STEPS`` of the family.
             solver: diffusion, flow, hybrid: "ddim", "heun" or "dpmpp_2m".
             scheduler: diffusion, flow: a scheduler of diffusers in place of a solver.
-            reveal: masked: "cosine", "linear", "arccos" or "halton".
+            reveal: masked: "cosine", "linear", "arccos" or "halton". The last, a fixed order, is the default here: the others
+                keep the most confident tokens, which sharpens the distribution by itself.
             temperature: ar, masked: divides the guided logits, 0 takes the most likely token; hybrid: multiplies
                 the noise that the head starts from.
             top_k: ar, masked: keep the k most likely tokens, after guidance.
             top_p: ar, masked: keep the most likely tokens up to this probability, after guidance.
+            guide_at: hybrid: "head", "states" or "both"; see :func:`unicfg.sampling.sample_hybrid`.
             init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
                 a part is drawn anew.
             mask: which part, bool (H, W), or a picture that is white there.
@@ -308,6 +327,7 @@ class TextToImage:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            guide_at=guide_at,
             init_image=init_image,
             mask=mask,
             callback=callback,

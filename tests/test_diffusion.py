@@ -19,6 +19,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import DDIMInverseScheduler, EDMEulerScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unicfg import ConditionDropout, Guidance, guide
 from unicfg.guidance.schedules import interval
@@ -587,6 +589,30 @@ def test_zero_terminal_snr(solver):
                 run(model, solver=solver)
             assert not model.rows  # before the model is run
             assert run(model, times=[0.9, 0.5, 0.0], solver=solver).isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_may_stop_above_the_data(solver):
+    """On its way to 0 the same solver passes through the same point, where the progress does not matter."""
+    times = [1.0, 0.7, 0.4]
+    seen = []
+    run(Toy(), times=[*times, 0.0], solver=solver, callback=seen.append)
+    torch.testing.assert_close(run(Toy(), times=times, solver=solver), seen[-1].x)
+
+
+@settings(deadline=None)
+@given(shift=st.floats(0.01, 100))
+def test_a_shifted_grid_goes_from_exactly_1_to_exactly_0(shift):
+    grid = time_grid(straight(), 7, shift=shift)
+    assert grid[0] == 1 and grid[-1] == 0 and bool((grid.diff() < 0).all())
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDPMScheduler", "RePaintScheduler"])
+def test_a_scheduler_whose_step_needs_more_is_refused(name):
+    import diffusers
+
+    with pytest.raises(ValueError, match=rf"{name}, whose step\(\) needs"):
+        run(Toy(), scheduler=getattr(diffusers, name)())
 
 
 def test_a_grid_may_end_before_the_data():

@@ -29,13 +29,15 @@ COND = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 1, 2]])
 SEEDS = [5, 6, 7]
 
 
-def draw(family, model, cond=COND, seeds=SEEDS, **options):
+def draw(kind, model, cond=COND, seeds=SEEDS, **options):
     """The family's sampler, in few steps."""
-    if family == "ar":
+    if kind == "ar":
         return sample_autoregressive(model, cond, seeds=seeds, **options)
-    if family == "masked":
+    if kind == "masked":
         return sample_masked(model, cond, seeds=seeds, steps=5, **options)
-    if family == "hybrid":
+    if kind == "hybrid masked":
+        return sample_hybrid(model, cond, seeds=seeds, steps=4, passes=5, **options)
+    if kind == "hybrid":
         return sample_hybrid(model, cond, seeds=seeds, steps=4, **options)
     return sample_diffusion(model, cond, seeds=seeds, steps=6, **options)
 
@@ -45,34 +47,40 @@ def close(a, b):
     return torch.equal(a, b) if not a.is_floating_point() else torch.allclose(a, b, atol=2e-4)
 
 
+@pytest.fixture(params=[*FAMILIES, "hybrid masked"])
+def kind(request):
+    """A family, or the hybrid in its other order."""
+    return request.param
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 
 
-def test_scale_1_is_the_unguided_sampler_bit_for_bit(family):
-    model = wrapped(family)
-    bare = draw(family, model.model)  # knows of no null condition
-    assert torch.equal(draw(family, model, guidance=Guidance(1.0)), bare)
-    assert torch.equal(draw(family, model, guidance=Guidance(torch.ones(3))), bare)
+def test_scale_1_is_the_unguided_sampler_bit_for_bit(kind):
+    model = wrapped(kind)
+    bare = draw(kind, model.model)  # knows of no null condition
+    assert torch.equal(draw(kind, model, guidance=Guidance(1.0)), bare)
+    assert torch.equal(draw(kind, model, guidance=Guidance(torch.ones(3))), bare)
 
 
-def test_scale_0_is_sampling_under_the_null_condition(family):
-    model = wrapped(family)
+def test_scale_0_is_sampling_under_the_null_condition(kind):
+    model = wrapped(kind)
     null = model.null_condition.expand(3, -1)
     # the ar cache is filled by one row for all, which rounds differently from three
-    assert close(draw(family, model, guidance=Guidance(0.0)), draw(family, model.model, null))
+    assert close(draw(kind, model, guidance=Guidance(0.0)), draw(kind, model.model, null))
 
 
-def test_guidance_changes_what_is_drawn(family):
-    model = wrapped(family)
-    assert not close(draw(family, model), draw(family, model, guidance=Guidance(4.0)))
+def test_guidance_changes_what_is_drawn(kind):
+    model = wrapped(kind)
+    assert not close(draw(kind, model), draw(kind, model, guidance=Guidance(4.0)))
 
 
-def test_a_batched_pass_equals_two_passes(family, monkeypatch):
+def test_a_batched_pass_equals_two_passes(kind, monkeypatch):
     """The network is made to run each half of its rows alone."""
-    model = wrapped(family)
-    batched = draw(family, model, guidance=Guidance(3.0))
+    model = wrapped(kind)
+    batched = draw(kind, model, guidance=Guidance(3.0))
     body = model.model.body
     whole, extend = body.forward, body.extend
 
@@ -99,15 +107,15 @@ def test_a_batched_pass_equals_two_passes(family, monkeypatch):
         return torch.cat(parts)
 
     monkeypatch.setattr(body, "forward", halves)
-    if family in ("ar", "hybrid"):
+    if kind in ("ar", "hybrid"):
         monkeypatch.setattr(
             "models.body.Body.extend", lambda self, x, cache: cached_halves(x, cache)
         )
         monkeypatch.setattr("models.body.pack", lambda network: network)
-    assert close(draw(family, model, guidance=Guidance(3.0)), batched)
+    assert close(draw(kind, model, guidance=Guidance(3.0)), batched)
 
 
-def count_rows(model, family, monkeypatch, guidance):
+def count_rows(model, kind, monkeypatch, guidance):
     """Rows of every pass through the body, condition prefixes apart."""
     rows = []
     body = type(model.model.body)
@@ -124,62 +132,68 @@ def count_rows(model, family, monkeypatch, guidance):
     with monkeypatch.context() as patch:
         patch.setattr(body, "forward", counted)
         patch.setattr(body, "extend", counted_extend)
-        draw(family, model, guidance=guidance)
+        draw(kind, model, guidance=guidance)
     return rows
 
 
-def test_guidance_costs_rows_not_passes_and_only_where_it_is_used(family, monkeypatch):
-    model = wrapped(family)
-    plain = count_rows(model, family, monkeypatch, Guidance(1.0))
+def test_guidance_costs_rows_not_passes_and_only_where_it_is_used(kind, monkeypatch):
+    model = wrapped(kind)
+    plain = count_rows(model, kind, monkeypatch, Guidance(1.0))
     assert set(plain) == {3}
-    assert count_rows(model, family, monkeypatch, Guidance(0.0)) == plain
-    guided = count_rows(model, family, monkeypatch, Guidance(3.0))
+    assert count_rows(model, kind, monkeypatch, Guidance(0.0)) == plain
+    guided = count_rows(model, kind, monkeypatch, Guidance(3.0))
     assert len(guided) == len(plain) and set(guided) == {6}
-    late = count_rows(model, family, monkeypatch, Guidance(interval(3.0, 0.5, 1.0)))
-    assert (3 in late and 6 in late) or late.count(3) > len(plain)  # a late branch catches up alone
-    assert sum(plain) < sum(late) < sum(guided) or family in ("ar", "hybrid")
+    late = count_rows(model, kind, monkeypatch, Guidance(interval(3.0, 0.5, 1.0)))
+    assert 3 in late and 6 in late and sum(plain) < sum(late) < sum(guided)
+    if kind in (
+        "ar",
+        "hybrid",
+    ):  # 8 of 16 tokens; the late branch catches up in one chunk by itself
+        assert late == [3] * 8 + [3, 3] + [6] * 7
+    else:
+        assert late == sorted(late) and len(late) == len(plain)
 
 
-def test_the_seed_alone_decides_in_any_batch(family):
-    model, guidance = wrapped(family), Guidance(3.0)
-    together = draw(family, model, guidance=guidance)
+def test_the_seed_alone_decides_in_any_batch(kind):
+    model, guidance = wrapped(kind), Guidance(3.0)
+    together = draw(kind, model, guidance=guidance)
     for i, seed in enumerate(SEEDS):
-        alone = draw(family, model, COND[i : i + 1], [seed], guidance=guidance)
+        alone = draw(kind, model, COND[i : i + 1], [seed], guidance=guidance)
         assert close(alone, together[i : i + 1])
-    assert torch.equal(draw(family, model, guidance=guidance), together)
-    assert not close(draw(family, model, seeds=[1, 2, 3], guidance=guidance), together)
+    assert torch.equal(draw(kind, model, guidance=guidance), together)
+    assert not close(draw(kind, model, seeds=[1, 2, 3], guidance=guidance), together)
 
 
-def test_a_scale_for_each_sample(family):
-    model = wrapped(family)
-    mixed = draw(family, model, guidance=Guidance(torch.tensor([1.0, 3.0, 0.0])))
+def test_a_scale_for_each_sample(kind):
+    model = wrapped(kind)
+    mixed = draw(kind, model, guidance=Guidance(torch.tensor([1.0, 3.0, 0.0])))
     for i, s in enumerate((1.0, 3.0, 0.0)):
-        assert close(draw(family, model, guidance=Guidance(s))[i : i + 1], mixed[i : i + 1])
+        assert close(draw(kind, model, guidance=Guidance(s))[i : i + 1], mixed[i : i + 1])
 
 
-def test_conditions_are_encoded_once_per_sampling(family, monkeypatch):
-    model, calls = wrapped(family), []
+def test_conditions_are_encoded_once_per_sampling(kind, monkeypatch):
+    model, calls = wrapped(kind), []
     prefix = type(model.model.body.prefix)
     forward = prefix.forward
     monkeypatch.setattr(
         prefix, "forward", lambda self, cond: (calls.append(len(cond)), forward(self, cond))[1]
     )
-    draw(family, model, guidance=Guidance(3.0))
+    draw(kind, model, guidance=Guidance(3.0))
     assert sum(calls) <= 6 and len(calls) <= 2
 
 
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
-def test_nan_stops_with_the_step_and_the_branch(family, branch):
-    model = wrapped(family)
+def test_nan_stops_with_the_step_and_the_branch(kind, branch):
+    model = wrapped(kind)
     token = 9 if branch == "cond" else 0
     model.model.body.prefix.embedding.weight.data[token] = math.nan
     with pytest.raises(FloatingPointError, match=rf"(step|token) 0.*'{branch}'"):
-        draw(family, model, guidance=Guidance(3.0))
+        draw(kind, model, guidance=Guidance(3.0))
 
 
-def test_a_callback_sees_progress_from_0_to_1(family):
+def test_a_callback_sees_progress_from_0_to_1(kind):
     steps = []
-    draw(family, wrapped(family), guidance=Guidance(2.0), callback=steps.append)
+    draw(kind, wrapped(kind), guidance=Guidance(2.0), callback=steps.append)
     progress = [step.progress for step in steps]
     assert progress[0] == 0 and progress[-1] == pytest.approx(1)
     assert progress == sorted(progress) and [step.index for step in steps] == list(
@@ -357,6 +371,78 @@ def test_a_masked_hybrid_sees_known_latents_only():
     assert drawn.shape == (3, 16, 2) and bool(drawn.isfinite().all())
 
 
+def test_a_masked_hybrid_reveals_random_places_by_the_cosine_law():
+    model, seen = network("hybrid masked"), []
+    sample_hybrid(model, COND, seeds=SEEDS, steps=2, passes=4, callback=seen.append)
+    counts = [int(step.known[0].sum()) for step in seen]
+    # 16 tokens: floor(16 cos(pi / 8 (1, 2, 3))) = 14, 11, 6 are left
+    assert counts == [2, 5, 10, 16]
+    first = [tuple(row.nonzero()[:, 0].tolist()) for row in seen[1].known]
+    assert len(set(first)) == 3 and tuple(range(5)) not in first
+
+
+def test_the_temperature_of_a_hybrid_scales_the_first_noise():
+    model = network("hybrid")
+    draw = {t: sample_hybrid(model, COND, seeds=SEEDS, steps=3, temperature=t) for t in (0.0, 1.0)}
+    other = sample_hybrid(model, COND, seeds=[8, 9, 10], steps=3, temperature=0.0)
+    torch.testing.assert_close(other, draw[0.0])  # without noise the seed says nothing
+    assert not torch.allclose(draw[0.0], draw[1.0])
+
+
+@pytest.mark.parametrize("order", ["hybrid", "hybrid masked"])
+def test_the_schedule_of_a_hybrid_runs_over_its_tokens(order):
+    """A scale that is 1 until the last turn changes nothing but that turn."""
+    seen = {}
+    for name, scale in (("plain", 1.0), ("late", interval(9.0, 1.0, 1.0))):
+        steps = []
+        guidance = Guidance(scale)
+        options = {"steps": 2, "guidance": guidance, "callback": steps.append}
+        sample_hybrid(wrapped(order), COND, seeds=SEEDS, **options)
+        seen[name] = steps
+    before, last = ((seen["plain"][i].latents, seen["late"][i].latents) for i in (-2, -1))
+    torch.testing.assert_close(*before)
+    assert not torch.allclose(*last, atol=1e-2)
+
+
+def test_guiding_head_and_states_is_more_than_the_head_and_runs_one_branch_at_0():
+    model = wrapped("hybrid")
+    options = {"seeds": SEEDS, "steps": 3}
+    drawn = {
+        place: sample_hybrid(model, COND, guidance=Guidance(3.0), guide_at=place, **options)
+        for place in ("head", "both")
+    }
+    assert not torch.allclose(drawn["head"], drawn["both"], atol=1e-2)
+    rows = []
+    prepare = model.model.head.prepare
+
+    def counted(times):
+        prepared = prepare(times)
+        return lambda hidden: (rows.append(len(hidden)), prepared(hidden))[1]
+
+    model.model.head.prepare = counted
+    for place in ("head", "both"):
+        sample_hybrid(model, COND, guidance=Guidance(0.0), guide_at=place, **options)
+    assert set(rows) == {3}
+    model.model.body.prefix.embedding.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"token 0.*'uncond'"):
+        sample_hybrid(model, COND, guidance=Guidance(0.0), **options)
+
+
+@pytest.mark.parametrize("family", ["ar", "masked", "diffusion", "hybrid"])
+def test_a_model_of_another_family_is_refused_by_name(family):
+    other = {"ar": "masked", "masked": "ar", "diffusion": "ar", "hybrid": "diffusion"}[family]
+    with pytest.raises((TypeError, ValueError), match=r"got a \w+, which has no|is None"):
+        draw(family, wrapped(other))
+
+
+def test_the_time_embedding_keeps_its_frequencies_in_bfloat16():
+    torch.manual_seed(0)
+    time, t = TimeEmbedding(32), torch.linspace(0, 1, 50)
+    exact = time(t).detach()
+    rounded = time.bfloat16()(t).detach().float()
+    assert float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
 def test_prepared_denoisers_equal_the_head():
     torch.manual_seed(0)
     head = network("hybrid").head
@@ -413,6 +499,7 @@ def test_both_halves_of_a_head_share_their_noise():
         ({"steps": 0}, "steps is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"solver": "euler"}, "solver is 'euler', expected one of ddim"),
+        ({"passes": 3}, "passes is 3, expected None: a model of the order 'causal'"),
     ],
 )
 def test_bad_options_of_a_hybrid(options, message):
@@ -503,6 +590,51 @@ def test_hybrid_loss_is_zero_for_a_perfect_head_and_draws_noise_for_every_token(
     noisy, t, known = seen[0]
     assert noisy.shape == (3, 8, 16, 2) and t.shape == (3, 8, 16)
     assert t.unique().numel() > 380 and (known is None) != masked
+    eps = (noisy - cosine().coefficients(t[..., None])[0] * latents) / (
+        cosine().coefficients(t[..., None])[1]
+    )
+    assert not torch.allclose(eps[0], eps[1], atol=1e-2)  # each draw has noise of its own
+
+
+def test_hybrid_loss_in_the_masked_order_counts_hidden_tokens_alone():
+    latents = torch.randn(8, 16, 2, generator=generator())
+
+    def model(x, cond, noisy, t, known):
+        alpha, sigma = cosine().coefficients(t[..., None])
+        right = (noisy - alpha * latents) / sigma
+        return torch.where(known[..., None], right + 100.0, right)  # wrong where it was shown
+
+    assert (
+        float(hybrid_loss(model, latents, None, Noising(cosine(), "eps"), 2, True, generator()))
+        < 1e-4
+    )
+    with pytest.raises(ValueError, match="draws is 0"):
+        hybrid_loss(model, latents, None, Noising(cosine(), "eps"), 0, True, generator())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_snr": -1.0}, r"min_snr is -1\.0, expected a finite number > 0"),
+        ({"min_snr": 0.0}, "min_snr is 0"),
+        ({"shift": 0.0}, "shift is 0"),
+        ({"time": "lognormal"}, "time is 'lognormal', expected 'uniform' or 'logit-normal'"),
+        ({"space": "noise"}, "space is 'noise'"),
+    ],
+)
+def test_bad_noise_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Noising(**({"path": cosine(), "space": "eps"} | options))
+
+
+def test_the_noise_settings_of_a_recipe_reach_the_loss():
+    from unicfg.training.families import _noising
+    from unicfg.training.recipe import ModelRecipe, NoiseRecipe
+
+    recipe = ModelRecipe(family="flow", noise=NoiseRecipe(min_snr=3.0, shift=2.0, time="uniform"))
+    noising = _noising(recipe, network("flow"))
+    assert (noising.min_snr, noising.shift, noising.time) == (3.0, 2.0, "uniform")
+    assert _noising(ModelRecipe(family="flow"), network("flow")).time == "logit-normal"
 
 
 def test_a_null_condition_is_learned_by_every_family(family):

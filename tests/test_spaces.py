@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicfg.guidance.spaces import SPACES, as_scale, check_level, check_space, convert, join, split
+from unicfg.guidance.spaces import SPACES, check_level, check_space, convert, join, split
 from unicfg.sampling.paths import PATHS, cosine, linear, shift_time, straight
 
 LEVELS = st.floats(0.01, 0.99)
@@ -132,11 +132,6 @@ def test_unknown_spaces_are_refused():
             call()
 
 
-def test_as_scale_takes_dtype_and_device():
-    value = as_scale(0.5, torch.zeros(2, dtype=torch.float64))
-    assert value.dtype == torch.float64 and value.ndim == 0 and value == 0.5
-
-
 @settings(max_examples=15)
 @given(t=st.floats(0, 1))
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -144,7 +139,7 @@ def test_time_inverts_the_ratio(path, t):
     alpha, sigma = level(path, t)
     found = path.time(sigma / alpha)
     # near the data alpha^2 = 1 - sigma^2 rounds: what counts is the noise level
-    torch.testing.assert_close(path.coefficients(found)[1], sigma, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(path.coefficients(found)[1], sigma, atol=1e-8, rtol=1e-7)
     if t > 1e-3:
         assert abs(float(found) - t) < 1e-6
 

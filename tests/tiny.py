@@ -52,6 +52,11 @@ CLASSES = {
         HybridTransformerConfig,
         {"latent_channels": 2, "head_width": 16, "head_depth": 2},
     ),
+    "hybrid masked": (
+        HybridTransformer,
+        HybridTransformerConfig,
+        {"latent_channels": 2, "head_width": 16, "head_depth": 2, "order": "masked"},
+    ),
 }
 
 

@@ -87,6 +87,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    guide_at: Annotated[str | None, typer.Option(help="hybrid: head, states or both.")] = None,
     init_image: Annotated[
         Path | None, typer.Option(help="A picture of which a part is drawn anew.")
     ] = None,
@@ -128,6 +129,7 @@ def generate(
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
+                    guide_at=guide_at,
                     init_image=known.get("init_image"),
                     mask=known.get("mask"),
                     callback=advance,

@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 Space = Literal["eps", "x0", "v", "flow", "score"]
@@ -171,8 +170,3 @@ def _refuse_zero(value: Tensor, name: str, space: Space) -> None:
             f"{name} is 0, where the space {space!r} says nothing about the other half of x_t: "
             "expected v or flow, or a path that does not reach this noise level"
         )
-
-
-def as_scale(value: float, like: Tensor) -> Tensor:
-    """A number as a 0-d tensor of the dtype and device of another."""
-    return torch.tensor(value, dtype=like.dtype, device=like.device)

@@ -22,6 +22,7 @@ from unicfg.sampling.branches import (
     needed_branches,
     network_and_null,
     progress_at,
+    require,
 )
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.tokens import TokenFilter, draw
@@ -116,6 +117,7 @@ def sample_autoregressive(
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
+    require(network, "sample_autoregressive", "num_tokens", "make_cache", "prefill", "decode")
     guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)
     batch, total = len(cond), network.num_tokens

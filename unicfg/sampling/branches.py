@@ -5,6 +5,7 @@ Every sampler runs both branches in one call of 2B rows where it needs both, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.guidance.spaces import Level
 from unicfg.training.dropout import ConditionDropout, expand_null
+
+
+def require(model: Any, sampler: str, *names: str) -> None:
+    """Refuse a model that lacks what a sampler asks of it.
+
+    Raises:
+        TypeError: names the sampler, the model and what it lacks.
+    """
+    missing = [name for name in names if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"{sampler} got a {type(model).__name__}, which has no {', '.join(missing)}: expected a model of the "
+            "sampler's own kind"
+        )
 
 
 @dataclass(frozen=True)
@@ -55,20 +70,22 @@ def combine(
     Raises:
         FloatingPointError: if an output holds NaN or +inf; names the step and the branch.
     """
-    out = guidance.combine(progress, cond_out, uncond_out, level)
-    # -inf masks a logit and is let through; one pass over the result shows what is wrong with any branch
-    if not bool(out.isfinite().all()) and bool((out.isnan() | out.isposinf()).any()):
-        branches = {"cond": cond_out, "uncond": uncond_out}
-        broken = [
-            name
-            for name, value in branches.items()
-            if value is not None and bool((value.isnan() | value.isposinf()).any())
-        ]
-        raise FloatingPointError(
-            f"the model's output holds NaN or +inf at {step}, "
-            f"in the branches {broken}" + ("" if broken else " combined")
-        )
-    return Guided(out, guidance.scale_at(progress), cond_out, uncond_out)
+    branches = {"cond": cond_out, "uncond": uncond_out}
+    # before they are guided, which saturates +inf; -inf masks a logit and is let through
+    broken = [name for name, out in branches.items() if out is not None and _is_broken(out)]
+    if not broken:
+        out = guidance.combine(progress, cond_out, uncond_out, level)
+        if not _is_broken(out):
+            return Guided(out, guidance.scale_at(progress), cond_out, uncond_out)
+    raise FloatingPointError(
+        f"the model's output holds NaN or +inf at {step}, "
+        f"in the branches {broken or 'cond and uncond, combined'}"
+    )
+
+
+def _is_broken(out: Tensor) -> bool:
+    """Whether there is a NaN or +inf, in one pass: the largest value is NaN if any is."""
+    return out.numel() > 0 and not bool(out.amax() < math.inf)
 
 
 def begin_guidance(guidance: Guidance | None, space: str) -> Guidance:

@@ -26,12 +26,22 @@ from unicfg.sampling.branches import (
     needed_branches,
     network_and_null,
     progress_at,
+    require,
 )
+from unicfg.sampling.masked import reveal_counts
 from unicfg.sampling.randomness import check_seeds, generators, normal
-from unicfg.sampling.solvers import Solver, Spacing, integrate, time_grid
+from unicfg.sampling.solvers import (
+    Solver,
+    Spacing,
+    check_solver,
+    check_steps,
+    integrate,
+    time_grid,
+)
 from unicfg.training.dropout import ConditionDropout
 
 GuideAt = Literal["head", "states", "both"]
+PASSES = 16
 GUIDE_AT: tuple[GuideAt, ...] = get_args(GuideAt)
 
 
@@ -95,7 +105,7 @@ def sample_hybrid(
     uncond: Tensor | None = None,
     guide_at: GuideAt = "head",
     steps: int = 20,
-    passes: int = 16,
+    passes: int | None = None,
     solver: Solver = "ddim",
     spacing: Spacing = "uniform",
     temperature: float = 1.0,
@@ -114,10 +124,11 @@ def sample_hybrid(
             state, on the same noise, in one pass of both halves. "states": the hidden states; the head then runs
             once. "both": the head, with the extrapolated state as the conditional one.
         steps: of the head for each token.
-        passes: of the transformer, with the order "masked"; the number of tokens follows the cosine law of MaskGIT.
+        passes: of the transformer, with the order "masked", 16 by default; the number of tokens follows the cosine law
+            of MaskGIT. With the order "causal" there is one a token, and this is left alone.
         solver: of the head, see :func:`unicfg.sampling.sample_diffusion`.
         spacing: of the head's times.
-        temperature: multiplies the noise that the head starts from (arXiv 2406.11838, section 3.2).
+        temperature: multiplies the noise that the head starts from; below 1 the tokens are less diverse.
         callback: called with a :class:`LatentStep` after each token or set of tokens.
 
     Returns:
@@ -132,6 +143,7 @@ def sample_hybrid(
         >>> latents = sample_hybrid(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
+    require(network, "sample_hybrid", "head", "num_tokens", "order")
     guidance = begin_guidance(guidance, network.head.space)
     if guide_at not in GUIDE_AT:
         raise ValueError(f"guide_at is {guide_at!r}, expected one of {', '.join(GUIDE_AT)}")
@@ -142,8 +154,10 @@ def sample_hybrid(
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, expected a finite number >= 0")
+    check_solver(solver, 0.0)
+    passes = _check_passes(passes, network.order)
     times = time_grid(network.head.path, steps, spacing)
-    prepared = network.head.prepare(times.to(cond.device))
+    prepared = network.head.prepare(times[:-1].to(cond.device))  # nothing is evaluated at the end
     levels = list(zip(*network.head.path.coefficients(times), strict=True))
     head = _Head(network.head, prepared, guidance, guide_at, solver, times, levels)
     batch, length = len(cond), network.num_tokens
@@ -169,6 +183,16 @@ def sample_hybrid(
                 )
             )
     return latents
+
+
+def _check_passes(passes: int | None, order: str) -> int:
+    if passes is None:
+        return PASSES
+    if order == "causal":
+        raise ValueError(
+            f"passes is {passes}, expected None: a model of the order 'causal' takes one a token"
+        )
+    return check_steps(passes, "passes")
 
 
 @dataclass(frozen=True)
@@ -208,11 +232,10 @@ def _masked_turns(
 ) -> Iterator[_Turn]:
     """Sets of tokens in a random order of each sample."""
     length = latents.shape[1]
-    if passes < 1:
-        raise ValueError(f"passes is {passes}, expected at least 1")
     orders = torch.stack([torch.randperm(length, generator=source) for source in sources])
     orders = orders.to(cond.device)
-    edges = _cosine_edges(length, passes)
+    counts = reveal_counts(torch.tensor([length]), min(passes, length), "cosine")
+    edges = [0, *torch.cat(counts).cumsum(0).tolist()]
     progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
     run = WholeGridPass(_States(network), cond, uncond, guidance, progresses)
     for index, progress in enumerate(progresses):
@@ -222,16 +245,6 @@ def _masked_turns(
             None if s is None else torch.gather(s, 1, _wide(places, s.shape[2])) for s in states
         ]
         yield _Turn(index, progress, places, *chosen)
-
-
-def _cosine_edges(length: int, passes: int) -> list[int]:
-    """How many tokens are drawn after each pass, from 0 to L, by the cosine law; at least one a pass."""
-    passes = min(passes, length)
-    edges = [0]
-    for index in range(1, passes + 1):
-        wanted = length - math.floor(length * math.cos(math.pi / 2 * index / passes))
-        edges.append(min(max(wanted, edges[-1] + 1), length - (passes - index)))
-    return edges
 
 
 @dataclass(frozen=True)
@@ -271,23 +284,22 @@ class _Head:
             plain, name = Guidance(scale), f"token {turn.index}"
             extrapolated = combine(plain, turn.progress, cond_state, uncond_state, name)
             cond_state = extrapolated.out
-            guidance = guidance if self.guide_at == "both" else Guidance(1.0)
-        states = [state for state in (cond_state, uncond_state) if state is not None]
-        if len(states) == 1 or guidance.branches_at(0.0) == ("cond",):
-            states, guidance = states[:1], Guidance(1.0)  # nothing to extrapolate
-        denoisers = self.prepared(torch.cat(states))
-        count = len(states)
+            if self.guide_at == "states":
+                guidance = Guidance(1.0)
+        states = {"cond": cond_state, "uncond": uncond_state}
+        needed = guidance.branches_at(0.0)
+        rows = [state for name, state in states.items() if name in needed and state is not None]
+        denoisers = self.prepared(torch.cat(rows))
         path, space = self.network.path, self.network.space
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
 
         def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
-            if count == 1:
-                out = denoisers[index](x)
-                return Guided(out, 1.0, out, None)
-            cond_out, uncond_out = denoisers[index](torch.cat([x, x])).chunk(2)
+            out = denoisers[index](torch.cat([x] * len(rows)))
+            outputs = dict(zip(needed, out.chunk(len(rows)), strict=True))
             level = Level(x, *self.levels[index], space) if running.mitigations else None
-            out = running.combine(progress, cond_out, uncond_out, level)
-            return Guided(out, scale, cond_out, uncond_out)
+            cond_out, uncond_out = outputs.get("cond"), outputs.get("uncond")
+            guided = running.combine(progress, cond_out, uncond_out, level)
+            return Guided(guided, scale, cond_out, uncond_out)
 
         x = noise * path.coefficients(self.times)[1][0]
         try:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
-from unicfg.sampling.branches import WholeGridPass, begin_guidance, network_and_null
+from unicfg.sampling.branches import WholeGridPass, begin_guidance, network_and_null, require
 from unicfg.sampling.randomness import check_seeds, generators, uniform
+from unicfg.sampling.solvers import check_steps
 from unicfg.sampling.tokens import TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
 
@@ -101,7 +102,8 @@ def sample_masked(
         temperature: divides the guided logits; 0 takes the most likely tokens.
         top_k: keep the k most likely tokens, after guidance.
         top_p: keep the most likely tokens up to this probability, after guidance.
-        choice_noise: Gumbel noise on the log confidence, annealed to 0 over the steps; 0 keeps the most confident.
+        choice_noise: Gumbel noise on the log confidence, which is that of the guided softmax before temperature and filters,
+            annealed to 0 over the steps; 0 keeps the most confident.
         init: tokens to inpaint, (B, L) or (B, h, w), or one sample's (L,), (h, w) for all.
         mask: bool, True where to draw anew: a shape of ``init``. The rest of ``init`` is shown to the model and comes
             back as it is.
@@ -112,13 +114,15 @@ def sample_masked(
 
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
-        TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
-        FloatingPointError: if the model's outputs leave no token to draw; names the step and the branch.
+        TypeError: if a seed is no int, ``guidance`` no ``Guidance``, or ``model`` no masked model.
+        FloatingPointError: if an output holds NaN or +inf, which names the step and the branch, or if the guided logits
+            leave no token to draw.
 
     Example:
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
     """
     network, uncond = network_and_null(model, uncond)
+    require(network, "sample_masked", "num_tokens", "mask_token")
     guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)
     _check_options(steps, reveal, choice_noise)
@@ -142,13 +146,14 @@ def sample_masked(
         if not busy[index]:
             continue
         guided = run(progress, f"step {index}", ids)
+        _check_logits(guided.out, ids, network.mask_token)
         logits = _drawable(guided.out, masked, index)
-        probabilities = choose(logits)
-        drawn = draw(probabilities, noise[:, 0])
+        drawn = draw(choose(logits), noise[:, 0])
         if places is None:
-            chosen = probabilities.gather(-1, drawn[..., None]).squeeze(-1).double()
+            # of the guided softmax itself: after temperature and filters every token may be certain
+            confidence = logits.double().log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
             gumbel = -(-noise[:, 1].clamp(min=1e-300).log()).log()
-            score = chosen.log() + choice_noise * (1 - (index + 1) / steps) * gumbel
+            score = confidence + choice_noise * (1 - (index + 1) / steps) * gumbel
         else:
             score = -places.double().expand_as(ids)
         kept = _highest(score, masked, counts[index])
@@ -243,6 +248,14 @@ def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     return among & (rank < count[:, None].to(rank.device))
 
 
+def _check_logits(logits: Tensor, ids: Tensor, mask_token: int) -> None:
+    if logits.ndim != 3 or logits.shape[:2] != ids.shape or logits.shape[2] > mask_token:
+        raise ValueError(
+            f"the model returned logits {tuple(logits.shape)} for ids {tuple(ids.shape)}, expected (B, L, V) with V at "
+            f"most {mask_token}, the id that stands for an unknown token"
+        )
+
+
 def _drawable(logits: Tensor, masked: Tensor, index: int) -> Tensor:
     """The logits (B, L, V), if there is something to draw wherever it is needed.
 
@@ -284,13 +297,12 @@ def _start(
 
 def _rows(name: str, value: Tensor, batch: int, length: int) -> Tensor:
     """A value for each token as (B, L)."""
-    if value.numel() == length and value.shape[0] != batch:
-        return value.reshape(1, length).expand(batch, length)
-    if value.ndim in (2, 3) and value.shape[0] == batch and value.numel() == batch * length:
-        return value.reshape(batch, length)
-    if value.numel() == length:
-        return value.reshape(1, length).expand(batch, length)
     side = math.isqrt(length)
+    shapes = [(length,)] + ([(side, side)] if side * side == length else [])
+    if tuple(value.shape) in shapes:
+        return value.reshape(1, length).expand(batch, length)
+    if tuple(value.shape) in [(batch, *shape) for shape in shapes]:
+        return value.reshape(batch, length)
     raise ValueError(
         f"{name} has shape {tuple(value.shape)}, expected ({length},), ({batch}, {length}), "
         f"({side}, {side}) or ({batch}, {side}, {side})"
@@ -298,8 +310,7 @@ def _rows(name: str, value: Tensor, batch: int, length: int) -> Tensor:
 
 
 def _check_options(steps: int, reveal: str, choice_noise: float) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected an int of at least 1")
+    check_steps(steps)
     if reveal not in REVEALS:
         raise ValueError(f"reveal is {reveal!r}, expected one of {', '.join(REVEALS)}")
     if not (math.isfinite(choice_noise) and choice_noise >= 0):

@@ -121,7 +121,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"shift is {shift}, expected a number > 0")
-    return shift * t / (1 + (shift - 1) * t)
+    return t / (t + (1 - t) / shift)  # written so that 0 and 1 stay where they are, exactly
 
 
 PATHS: dict[str, Path] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class Scheduled:
         return names[prediction]
 
     def _check_levels(self) -> None:
-        if self.taus[-1] > self.taus[0] or self.taus[-1] <= 0:
+        if any(b > a for a, b in pairwise(self.taus)) or self.taus[-1] <= 0:
             raise ValueError(
                 f"the scheduler {self.name} goes from tau {self.taus[0]} to {self.taus[-1]}, "
                 "expected falling noise above 0"
@@ -219,6 +220,17 @@ def _check_scheduler(scheduler: Any) -> None:
     if missing:
         raise ValueError(
             f"scheduler is {name}, which lacks {', '.join(missing)}: expected one of diffusers"
+        )
+    required = [
+        parameter.name
+        for parameter in list(inspect.signature(scheduler.step).parameters.values())[3:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if required:
+        raise ValueError(
+            f"scheduler is {name}, whose step() needs {', '.join(required)} besides output, timestep and sample: "
+            "expected another"
         )
     for part, why in (
         ("sigmas_interpol", "evaluates the model between its noise levels"),

@@ -11,6 +11,7 @@ velocity d = eps - x0 is the same quantity everywhere. In these coordinates neit
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -169,7 +170,9 @@ class _Walk:
     def predict(self, i: int, x: Tensor) -> Prediction:
         x = self.pinned(i, x)
         t = torch.full((len(x),), self.times[i], dtype=x.dtype, device=x.device)
-        guided = self.evaluate(i, progress_at(i, self.steps), x, t)
+        # Heun looks at the end of a grid that stops above 0: guided as the last step is
+        progress = progress_at(min(i, self.steps - 1), self.steps)
+        guided = self.evaluate(i, progress, x, t)
         require_finite(guided, f"step {i}")
         out = guided.out.to(x.dtype)
         x0, eps = split_unchecked(out, x, self.alpha[i], self.sigma[i], self.space)
@@ -321,15 +324,15 @@ def check_solver(solver: str, eta: float) -> None:
         raise ValueError(f"eta is {eta} with solver {solver!r}, which draws no noise: expected 0")
 
 
-def check_steps(steps: int) -> int:
+def check_steps(steps: int, name: str = "steps") -> int:
     """The number of steps, if it is one.
 
     Raises:
         ValueError: if it is no int, or below 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected an int of at least 1")
-    return steps
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or operator.index(steps) < 1:
+        raise ValueError(f"{name} is {steps!r}, expected an int of at least 1")
+    return operator.index(steps)
 
 
 def _check_times(times: Tensor) -> Tensor:

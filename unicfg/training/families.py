@@ -26,7 +26,7 @@ from unicfg.training.losses import (
     masked_loss,
     token_loss,
 )
-from unicfg.training.recipe import Family, ModelRecipe
+from unicfg.training.recipe import Family, HeadRecipe, ModelRecipe, NoiseRecipe
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """(model, data, cond, generator) -> scalar."""
@@ -40,11 +40,17 @@ def make_network(
     Raises:
         ValueError: if the settings do not go together.
     """
-    if recipe.patch != 1 and recipe.family not in ("diffusion", "flow"):
-        raise ValueError(
-            f"patch is {recipe.patch}, expected 1 for the family {recipe.family}: "
-            "patches are for diffusion and flow"
-        )
+    for name, usual, users in (
+        ("patch", 1, ("diffusion", "flow")),
+        ("noise", NoiseRecipe(), ("diffusion", "flow", "hybrid")),
+        ("head", HeadRecipe(), ("hybrid",)),
+    ):
+        value = getattr(recipe, name)
+        if value != usual and recipe.family not in users:
+            raise ValueError(
+                f"{name} is {value}, expected it to be left alone for the family {recipe.family}: "
+                f"it is for {', '.join(users)}"
+            )
     grid, channels = tokenizer.image_size // tokenizer.factor, tokenizer.latent_channels
     # positional, in the order of models.body.BodyConfig
     body = (grid, text.vocabulary, text.length, recipe.width, recipe.depth, recipe.heads)

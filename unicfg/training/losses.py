@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicfg.guidance.spaces import Space, join
+from unicfg.guidance.spaces import Space, check_space, join
 from unicfg.sampling.paths import Path, shift_time
 
 
@@ -57,6 +57,17 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
     return ((order + inside) / count).clamp(1e-6, 1 - 1e-6).float()
 
 
+def check_noise_settings(shift: float, min_snr: float | None) -> None:
+    """Refuse values that would train nothing, or away from the data.
+
+    Raises:
+        ValueError: if one is not positive and finite.
+    """
+    for name, value in (("shift", shift), ("min_snr", min_snr)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, expected a finite number > 0")
+
+
 @dataclass(frozen=True)
 class Noising:
     """How noisy samples are made for training, and how the errors on them are weighed.
@@ -75,6 +86,13 @@ class Noising:
     shift: float = 1.0
     min_snr: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_space(self.space)
+        if self.time not in ("uniform", "logit-normal"):
+            raise ValueError(f"time is {self.time!r}, expected 'uniform' or 'logit-normal'")
+        check_noise_settings(self.shift, self.min_snr)
+
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Times (count,), stratified."""
         t = stratified(count, generator)
@@ -90,16 +108,18 @@ class Noising:
         if self.min_snr is None:
             return torch.ones_like(alpha)
         ratio = (alpha / sigma).square()
-        capped = ratio.clamp(max=self.min_snr)
-        # |error of x0|^2 in terms of the error in each space
+        # the error of x0 is that of eps divided by the ratio, and min(ratio, gamma) / ratio is this, also where the
+        # ratio is 0
+        of_eps = (self.min_snr / ratio).clamp(max=1)
+        # |error of eps|^2 in terms of the error in each space
         per_space = {
-            "x0": torch.ones_like(ratio),
-            "eps": 1 / ratio,
-            "v": sigma.square() / (alpha.square() + sigma.square()).square(),
-            "flow": (sigma / (alpha + sigma)).square(),
-            "score": sigma.pow(4) / alpha.square(),
+            "x0": ratio,
+            "eps": torch.ones_like(ratio),
+            "v": (alpha / (alpha.square() + sigma.square())).square(),
+            "flow": (alpha / (alpha + sigma)).square(),
+            "score": sigma.square(),
         }
-        return capped * per_space[self.space]
+        return of_eps * per_space[self.space]
 
 
 def denoising_loss(
@@ -136,7 +156,12 @@ def hybrid_loss(
         draws: K, noisy versions of each latent.
         masked: train the masked order: some latents are hidden, and only these are counted.
         generator: of all random numbers.
+
+    Raises:
+        ValueError: if ``draws`` is less than 1.
     """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}, expected at least 1")
     batch, length, _ = latents.shape
     t = noising.draw_times(draws * batch * length, generator).view(draws, batch, length)
     noise = torch.randn((draws, *latents.shape), generator=generator)

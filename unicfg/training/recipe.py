@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import dacite
 import yaml
 
+from unicfg.training.losses import check_noise_settings
+
 Family = Literal["ar", "masked", "diffusion", "flow", "hybrid"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -116,6 +118,10 @@ class NoiseRecipe:
     shift: float = 1.0  # moves times towards the noise
     min_snr: float | None = None  # gamma of min-SNR weighting
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_noise_settings(self.shift, self.min_snr)
+
 
 @dataclass(frozen=True)
 class HeadRecipe:
@@ -125,6 +131,12 @@ class HeadRecipe:
     width: int = 128
     depth: int = 3
     draws: int = 4  # noise draws a token and training step
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("width", "depth", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)
