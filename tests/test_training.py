@@ -451,13 +451,18 @@ def test_what_a_family_has_of_its_own_replaces_the_shared_settings(tmp_path):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("ar", {"patch": 2}, "patch is 2, expected 1 for the family ar"),
+        ("ar", {"patch": 2}, "patch is 2, expected it to be left alone for the family ar"),
         ("flow", {"noise": {"space": "v"}}, "expected 'straight' and 'flow' for the family flow"),
         ("diffusion", {"noise": {"space": "x"}}, "space is 'x', expected one of eps, x0, v"),
         ("diffusion", {"noise": {"path": "sine"}}, "path is 'sine', expected one of 'straight'"),
         ("diffusion", {"noise": {"path": "linear to zero", "space": "eps"}}, "ends in pure noise"),
         ("diffusion", {"patch": 3}, "patch is 3, expected a divisor of the grid 4"),
-        ("hybrid", {"head": {"depth": 0}}, "head_depth is 0, expected at least 1"),
+        ("hybrid", {"head": {"depth": 0}}, "head: depth is 0, expected at least 1"),
+        ("hybrid", {"head": {"draws": 0}}, "head: draws is 0"),
+        ("flow", {"noise": {"min_snr": -1.0}}, r"noise: min_snr is -1\.0"),
+        ("flow", {"noise": {"shift": 0.0}}, r"noise: shift is 0\.0"),
+        ("ar", {"noise": {"min_snr": 5.0}}, "expected it to be left alone for the family ar"),
+        ("flow", {"head": {"draws": 2}}, "expected it to be left alone for the family flow"),
     ],
 )
 def test_settings_that_no_family_can_have_are_refused(tmp_path, family, change, message):

@@ -57,7 +57,7 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
     return ((order + inside) / count).clamp(1e-6, 1 - 1e-6).float()
 
 
-def check_noise_settings(shift: float, min_snr: float | None) -> None:
+def check_noise_settings(shift: float, min_snr: float | None, where: str = "") -> None:
     """Refuse values that would train nothing, or away from the data.
 
     Raises:
@@ -65,7 +65,7 @@ def check_noise_settings(shift: float, min_snr: float | None) -> None:
     """
     for name, value in (("shift", shift), ("min_snr", min_snr)):
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}, expected a finite number > 0")
+            raise ValueError(f"{where}{name} is {value}, expected a finite number > 0")
 
 
 @dataclass(frozen=True)

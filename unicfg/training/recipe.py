@@ -120,7 +120,7 @@ class NoiseRecipe:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_noise_settings(self.shift, self.min_snr)
+        check_noise_settings(self.shift, self.min_snr, "noise: ")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class HeadRecipe:
         """Check the ranges."""
         for name in ("width", "depth", "draws"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise ValueError(f"head: {name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)
