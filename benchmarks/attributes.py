@@ -2,13 +2,16 @@
 
     python benchmarks/attributes.py --weights shapes --scales 0 1 1.5 2 3 5 8 15 -n 256 --out benchmarks/results
 
-Prompts are the exact captions of scenes that no model was trained on; scenes and seeds are the same for every family
+Prompts are the exact captions of images that no model was trained on (most captions of one object occur in training, with
+other images); scenes and seeds are the same for every family
 and scale. Each finished cell is written at once, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from models.pipeline import held_families
 from tokenizers_vq import VQTokenizer, to_float
 from tokenizers_vq.hub import write_text_atomically
 from unicfg import Guidance
+from unicfg.evaluation import accuracy, attributes
 from unicfg.evaluation.accuracy import Accuracy, attribute_accuracy, scene_of
 from unicfg.evaluation.attributes import read_scenes
 from unicfg.training.data import ImageSet
@@ -41,19 +45,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the curves (needs matplotlib)")
     options = parser.parse_args()
+    if len({f"{scale:g}" for scale in options.scales}) != len(options.scales):
+        parser.error(f"--scales is {options.scales}, expected none twice")
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
     families = options.families or held_families(options.weights)
     settings = {"weights": options.weights, "n": options.n, "scenes_seed": SCENES_SEED}
     file = options.out / f"{Path(options.weights).name}-attributes.json"
     results = load(file, settings)
     pipes = {family: TextToImage.from_pretrained(options.weights, family) for family in families}
-    if "limits" not in results:
-        results["limits"] = limits(next(iter(pipes.values())).tokenizer, scenes)
+    results["limits"] = limits(next(iter(pipes.values())).tokenizer, scenes)
     jobs = [(family, scale) for family in families for scale in options.scales]
     with tqdm(jobs, desc="drawing and reading", unit="cell") as bar:
         for family, scale in bar:
             bar.set_postfix(family=family, s=scale)
-            cells = results["families"].setdefault(family, {"sampler": pipes[family].defaults()})
+            made_with = fingerprint(pipes[family])
+            cells = results["families"].get(family, {})
+            if cells.get("made_with") != made_with:
+                cells = {"sampler": pipes[family].defaults(), "made_with": made_with}
+                results["families"][family] = cells
             if f"{scale:g}" not in cells:
                 cells[f"{scale:g}"] = as_dict(measure(pipes[family], scenes, scale))
                 write_text_atomically(json.dumps(results, indent=1) + "\n", file)
@@ -78,6 +87,15 @@ def load(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "families": {}}
 
 
+def fingerprint(pipe: TextToImage) -> str:
+    """A hash of weights, sampler and reader: cells that were made with others are not kept."""
+    digest = hashlib.sha256(json.dumps(pipe.defaults(), sort_keys=True).encode())
+    digest.update(pipe.digest().encode())
+    for part in (attributes, accuracy):
+        digest.update(inspect.getsource(part).encode())
+    return digest.hexdigest()[:16]
+
+
 def measure(pipe: TextToImage, scenes: ImageSet, scale: float) -> Accuracy:
     """Draw all captions, seed i for scene i, and read the images."""
     images = []
@@ -90,7 +108,7 @@ def measure(pipe: TextToImage, scenes: ImageSet, scale: float) -> Accuracy:
 
 def grade(images: torch.Tensor, scenes: ImageSet) -> Accuracy:
     """Read images and compare them with the truth."""
-    truth = [scene_of(attributes) for attributes in scenes.attributes]
+    truth = [scene_of(own) for own in scenes.attributes]
     return attribute_accuracy(read_scenes(images), truth)
 
 
@@ -103,13 +121,13 @@ def limits(tokenizer: VQTokenizer, scenes: ImageSet) -> dict[str, Any]:
     }
 
 
-def as_dict(accuracy: Accuracy) -> dict[str, Any]:
+def as_dict(result: Accuracy) -> dict[str, Any]:
     """For the JSON file."""
     return {
-        "mean": accuracy.mean,
-        "standard_error": accuracy.standard_error,
-        "exact": accuracy.exact,
-        "by_kind": accuracy.by_kind,
+        "mean": result.mean,
+        "standard_error": result.standard_error,
+        "exact": result.exact,
+        "by_kind": result.by_kind,
     }
 
 

@@ -1,6 +1,7 @@
-"""Turn a finished run into weights that can be shipped: half precision, the recipe, and a card with numbers.
+r"""Turn a finished run into weights that can be shipped: half precision, the recipe, and a card with numbers.
 
-    python examples/publish.py runs/emoji models/weights/emoji --card examples/recipes/emoji.md
+    python examples/publish.py runs/emoji models/weights/emoji --card examples/recipes/emoji.md \
+        --recipe examples/recipes/emoji.yaml
 
 The card begins with the given text (data, licences, limits); the tables of losses and of the tokenizer are read from
 the run's own logs.
@@ -70,19 +71,27 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder that unicfg train wrote")
     parser.add_argument("out", type=Path, help="folder to ship")
     parser.add_argument("--card", type=Path, required=True, help="beginning of the card")
-    parser.add_argument("--recipe", type=Path, help="YAML file of the run, kept beside the weights")
+    parser.add_argument(
+        "--recipe", type=Path, required=True, help="YAML file of the run, kept beside the weights"
+    )
     parser.add_argument("--reconstruction", type=Path, help="picture of held-out images to write")
     options = parser.parse_args()
 
+    # all is read before anything is written, and the old folder goes only when the new one is whole
+    pipes = [
+        TextToImage.from_pretrained(options.run, family) for family in held_families(options.run)
+    ]
+    card = options.card.read_text() + "\n" + summary(options.run)
+    recipe = load_recipe(options.recipe)
+    beside = options.out.with_name(options.out.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    for pipe in pipes:
+        pipe.save_pretrained(beside, dtype=torch.float16)
+    (beside / "README.md").write_text(card)
+    shutil.copy(options.recipe, beside / "recipe.yaml")
     shutil.rmtree(options.out, ignore_errors=True)
-    for family in held_families(options.run):
-        pipe = TextToImage.from_pretrained(options.run, family)
-        pipe.save_pretrained(options.out, dtype=torch.float16)
-    (options.out / "README.md").write_text(options.card.read_text() + "\n" + summary(options.run))
-    if options.recipe is not None:
-        shutil.copy(options.recipe, options.out / "recipe.yaml")
-    if options.reconstruction is not None and options.recipe is not None:
-        recipe = load_recipe(options.recipe)
+    beside.rename(options.out)
+    if options.reconstruction is not None:
         _, held_out = load_data(recipe.data).split(recipe.data.validation)
         shipped = TextToImage.from_pretrained(options.out, held_families(options.out)[0])
         numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out.images[:512]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -62,6 +64,13 @@ STEPS = {"masked": 16, "diffusion": 30, "flow": 30, "hybrid": 20}
 # the order by confidence sharpens the distribution by itself, which hides what guidance adds; a fixed order does not
 REVEAL = "halton"
 SOLVERS = {"diffusion": "dpmpp_2m", "flow": "dpmpp_2m", "hybrid": "ddim"}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ar": sample_autoregressive,
+    "masked": sample_masked,
+    "diffusion": sample_diffusion,
+    "flow": sample_diffusion,
+    "hybrid": sample_hybrid,
+}
 DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
@@ -177,11 +186,12 @@ class TextToImage:
         given = {name: value for name, value in options.items() if value is not None}
         for name, value in given.items():
             if name not in OPTIONS[self.family]:
+                shown = type(value).__name__ if name in ("init_image", "mask") else repr(value)
                 raise ValueError(
-                    f"{name} is {value!r}, which the family {self.family} does not have; "
+                    f"{name} is {shown}, which the family {self.family} does not have; "
                     f"its options are {', '.join(OPTIONS[self.family])}"
                 )
-        known: dict[str, Any] = self._known_region(
+        known, keep = self._known_region(
             given.pop("init_image", None), given.pop("mask", None), len(prompts)
         )
         shared: dict[str, Any] = {"seeds": seeds, "guidance": guidance, "callback": callback}
@@ -193,7 +203,7 @@ class TextToImage:
             given.setdefault("steps", STEPS["masked"])
             given.setdefault("reveal", REVEAL)
             ids = sample_masked(self.model, cond, **shared, **known, **given)
-            return self.tokenizer.decode(self._as_grid(ids))
+            return keep(self.tokenizer.decode(self._as_grid(ids)))
         given = {"steps": STEPS[self.family]} | given
         if "scheduler" not in given:
             given = {"solver": SOLVERS[self.family]} | given
@@ -202,7 +212,25 @@ class TextToImage:
             latents = self._as_grid(tokens).permute(0, 3, 1, 2)
         else:
             latents = sample_diffusion(self.model, cond, **shared, **known, **given)
-        return self.tokenizer.decode_latents(latents)
+        return keep(self.tokenizer.decode_latents(latents))
+
+    def digest(self) -> str:
+        """A hash of all weights, to tell which ones an image was made with."""
+        digest = hashlib.sha256()
+        for module in (self.model, self.tokenizer):
+            for name, tensor in module.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """Every setting of the family's sampler where nothing is said, also those that the pipeline has no option for."""
+        own = {
+            name: parameter.default
+            for name, parameter in inspect.signature(SAMPLERS[self.family]).parameters.items()
+            if isinstance(parameter.default, (str, int, float))
+        }
+        return own | self.defaults()
 
     def defaults(self) -> dict[str, Any]:
         """What the family's options are where nothing is said."""
@@ -234,10 +262,10 @@ class TextToImage:
 
     def _known_region(
         self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None, batch: int
-    ) -> dict[str, Any]:
-        """The samplers' ``init`` and ``mask`` for an image and a mask in pixels."""
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+        """The samplers' ``init`` and ``mask`` for an image and a mask in pixels, and what puts known pixels back."""
         if image is None and mask is None:
-            return {}
+            return {}, lambda images: images
         if image is None or mask is None:
             missing = "init_image" if image is None else "mask"
             raise ValueError(f"{missing} is None, expected both init_image and mask, or neither")
@@ -258,10 +286,26 @@ class TextToImage:
             )
         # a token is drawn anew if any of its pixels is to be
         cells = F.max_pool2d(mask[None, None].float(), factor)[0, 0].bool().to(self.device)
+        if (
+            not pixels.is_floating_point()
+            or not bool(pixels.isfinite().all())
+            or pixels.abs().max() > 1
+        ):
+            raise ValueError(
+                f"init_image is {pixels.dtype} from {float(pixels.min()):g} to {float(pixels.max()):g}, "
+                "expected finite floats in [-1, 1]"
+            )
         pixels = pixels.to(self.device)
         encode = self.tokenizer.encode if self.family == "masked" else self.tokenizer.encode_latents
         init = encode(pixels)
-        return {"init": init.expand(batch, *init.shape[1:]), "mask": cells}
+        region = {"init": init.expand(batch, *init.shape[1:]), "mask": cells}
+        anew = cells.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+        def keep(images: Tensor) -> Tensor:
+            # the tokenizer would change the known pixels a little
+            return torch.where(anew, images, pixels)
+
+        return region, keep
 
     def __call__(
         self,
@@ -302,7 +346,8 @@ class TextToImage:
             guide_at: hybrid: "head", "states" or "both"; see :func:`unicfg.sampling.sample_hybrid`.
             init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
                 a part is drawn anew.
-            mask: which part, bool (H, W), or a picture that is white there.
+            mask: which part, bool (H, W), or a picture that is white there. A token is drawn anew if any of its pixels is
+                to be; all other pixels come back as they are.
             callback: called after each step with that family's step object.
 
         Returns:

@@ -80,13 +80,24 @@ def test_nothing_is_credited_to_rubbish():
         assert read_scene(blank) == Reading(name, ())
 
 
-def test_a_shape_that_is_none_of_the_four_is_not_named():
-    image = torch.full((3, 32, 32), 255, dtype=torch.uint8)
-    red = torch.tensor(COLOURS["red"], dtype=torch.uint8)[:, None, None]
-    cross = image.clone()
-    cross[:, 15:17, 6:26] = red
-    cross[:, 6:26, 15:17] = red
-    assert all(thing.shape is None for thing in read_scene(cross).objects)
+RUBBISH = {
+    "cross": lambda x, y: (abs(x) < 1.5) & (abs(y) < 9) | (abs(y) < 1.5) & (abs(x) < 9),
+    "ellipse": lambda x, y: (x / 8) ** 2 + (y / 5.5) ** 2 < 1,
+    "rectangle": lambda x, y: (abs(x) < 8) & (abs(y) < 5),
+    "diamond": lambda x, y: abs(x) + abs(y) < 9,
+    "inverted triangle": lambda x, y: (abs(y) < 8) & (abs(x) < (8 - y) / 2),
+}
+
+
+@pytest.mark.parametrize("name", RUBBISH)
+def test_a_shape_that_is_none_of_the_four_is_not_named(name):
+    fine = 8  # drawn so many times larger, then averaged, as the scenes are
+    y, x = torch.meshgrid(*[torch.arange(-16, 16, 1 / fine) + 0.5 / fine] * 2, indexing="ij")
+    inside = torch.nn.functional.avg_pool2d(RUBBISH[name](x, y)[None, None].float(), fine)[0]
+    red = torch.tensor(COLOURS["red"], dtype=torch.float32)[:, None, None]
+    image = (255 * (1 - inside) + red * inside).round().to(torch.uint8)
+    seen = read_scene(image).objects
+    assert seen and all(thing.shape is None for thing in seen)
 
 
 SCENE = Scene(

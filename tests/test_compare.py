@@ -53,7 +53,11 @@ def test_a_report_holds_the_images_and_all_that_made_them(folder, tmp_path, caps
     assert settings["scales"] == [1.0, 8.0] and list(settings["families"]) == ["ar", "flow"]
     assert settings["families"]["flow"]["config"]["space"] == "flow"
     assert settings["families"]["flow"]["sampler"]["steps"] == 30
-    assert settings["versions"].keys() == {"unicfg", "torch"}
+    assert settings["versions"].keys() == {"unicfg", "torch", "python"}
+    flow = settings["families"]["flow"]
+    assert {"spacing", "shift", "eta", "solver"} <= flow["sampler"].keys()
+    assert flow["weights_sha256"] == TextToImage.from_pretrained(folder, "flow").digest()
+    assert flow["weights_sha256"] != settings["families"]["ar"]["weights_sha256"]
     for file, what in settings["images"].items():
         pipe = TextToImage.from_pretrained(folder, what["family"])
         (image,) = pipe([CAPTIONS[1]], seeds=[5], guidance=Guidance(what["scale"]))
@@ -82,7 +86,7 @@ def test_all_families_of_the_weights_are_the_rows(folder, tmp_path):
         ]
     )
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.height > 5 * 132
+        assert 5 * 132 < picture.height < 6 * 132
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,10 @@ def test_all_families_of_the_weights_are_the_rows(folder, tmp_path):
         (["--families", "ar", "--weights", "nowhere"], "no pipeline at 'nowhere'"),
         (["--families", "gan"], "family is 'gan', expected one of ar, masked"),
         (["--families", "ar", "ar"], "expected at least one, and none twice"),
+        (["--families", "ar", "gan"], "family is 'gan', expected one of ar, masked"),
         (["--scales", "1", "1"], "scales is"),
+        (["--scales", "one"], "error: "),
+        (["-n", "0"], "error: Invalid value for '-n'"),
         (["--scales", "inf"], "expected a finite number"),
         (["--out", "x.docx"], "suffix '.docx'"),
     ],
@@ -101,8 +108,24 @@ def test_bad_comparisons_are_refused_in_one_line(folder, options, message, capsy
     out = [] if "--out" in options else ["--out", str(tmp_path / "x.png")]
     with pytest.raises(SystemExit):
         main(["compare", CAPTIONS[0], *weights, *options, *out])
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown and len(shown.strip().splitlines()[-1:]) == 1
+    assert "Traceback" not in shown and "│" not in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_that_print_alike_have_images_of_their_own(folder, tmp_path):
+    scales = [1.0, 1.0000001]
+    compare(CAPTIONS[0], weights=folder, families=["ar"], scales=scales).save(tmp_path / "r")
+    settings = json.loads((tmp_path / "r/settings.json").read_text())
+    assert [image["scale"] for image in settings["images"].values()] == scales
+
+
+def test_a_file_is_no_folder_for_a_report(tmp_path, capsys):
+    (tmp_path / "afile").touch()
+    with pytest.raises(SystemExit):
+        main(["compare", "x", "--out", str(tmp_path / "afile")])
+    assert "afile, a file: expected a folder" in capsys.readouterr().err
 
 
 def test_a_family_that_the_weights_do_not_hold(tmp_path, capsys):

@@ -26,6 +26,8 @@ app = typer.Typer(
     help="One guidance for autoregressive and diffusion token models.",
 )
 BATCH = 64  # images drawn at once
+# ClickException, whether typer takes it from click or from the copy that newer versions bring
+ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 @app.command()
@@ -65,7 +67,9 @@ def generate(
     weights: Annotated[
         str, typer.Option(help="Shipped weights (emoji, shapes), a folder, or a hub repository.")
     ] = "emoji",
-    family: Annotated[str, typer.Option(help="How the model generates.")] = "ar",
+    family: Annotated[
+        str, typer.Option(help="ar, masked, diffusion, flow or hybrid; what the weights hold.")
+    ] = "ar",
     scale: Annotated[
         float, typer.Option(help="s: 1 is the conditional model, more is stronger.")
     ] = 3.0,
@@ -82,9 +86,12 @@ def generate(
         str | None, typer.Option(help="diffusion, flow, hybrid: ddim, heun or dpmpp_2m.")
     ] = None,
     reveal: Annotated[
-        str | None, typer.Option(help="masked: cosine, linear, arccos or halton.")
+        str | None, typer.Option(help="masked: halton (the default), cosine, linear or arccos.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[
+        float,
+        typer.Option(help="ar, masked: 0 takes the likeliest token; hybrid: of the first noise."),
+    ] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     guide_at: Annotated[str | None, typer.Option(help="hybrid: head, states or both.")] = None,
@@ -104,8 +111,8 @@ def generate(
     pipe = TextToImage.from_pretrained(weights, family)
     jobs = [(text, seed + i) for text in texts for i in range(n)]
     known = {
-        name: _open_picture(file, pipe.tokenizer.config.image_size)
-        for name, file in (("init_image", init_image), ("mask", mask))
+        name: _open_picture(name, file, pipe.tokenizer.config.image_size)
+        for name, file in (("init-image", init_image), ("mask", mask))
         if file is not None
     }
     total = len(guidances) * -(-len(jobs) // BATCH) * pipe.num_steps(steps)
@@ -130,7 +137,7 @@ def generate(
                     top_k=top_k,
                     top_p=top_p,
                     guide_at=guide_at,
-                    init_image=known.get("init_image"),
+                    init_image=known.get("init-image"),
                     mask=known.get("mask"),
                     callback=advance,
                 )
@@ -158,8 +165,12 @@ def compare(
     ] = Path("out/compare.png"),
 ) -> None:
     """Draw one prompt with every family at every scale, from the same seeds."""
-    if out.suffix:
+    if out.suffix and not out.is_dir():
         check_picture_name(out)
+    if out.is_file() and not out.suffix:
+        raise ValueError(
+            f"--out is {out}, a file: expected a folder, or a picture such as {out}.png"
+        )
     names = families or held_families(weights)
     values = scales or [1.0, 2.0, 4.0, 8.0, 16.0]
     with tqdm(total=len(names) * len(values), desc="drawing", unit="cell") as bar:
@@ -178,15 +189,22 @@ def compare(
     print(f"the picture is in {result.save(out)}")
 
 
-def _open_picture(file: Path, size: int) -> Image.Image:
-    """A picture at the model's size.
+def _open_picture(name: str, file: Path, size: int) -> Image.Image:
+    """A picture, at the model's size if it is a square of whole multiples of it.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if it has another size, or is no picture.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no picture at {file}")
-    return Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BOX)
+    picture = Image.open(file).convert("RGB")
+    width, height = picture.size
+    if width != height or width % size:
+        raise ValueError(
+            f"--{name} {file} has {width} x {height} pixels, expected {size} x {size}, or a whole multiple of it"
+        )
+    return picture.resize((size, size), Image.Resampling.BOX)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -203,7 +221,10 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     assert file is not None
     if not file.is_file():
         raise FileNotFoundError(f"no prompts at {file}, expected a text file with one a line")
-    lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
     lines = [line for line in lines if line]
     if not lines:
         raise ValueError(f"{file} is empty, expected one prompt a line")
@@ -263,7 +284,8 @@ def _is_number(text: str) -> bool:
 
 
 def _is_family(text: str) -> bool:
-    return text in MODEL_CLASSES
+    """A family, or one word in small letters that may be a mistyped one; a prompt behind it goes in front instead."""
+    return text in MODEL_CLASSES or (text.isalpha() and text.islower())
 
 
 # options that take several values, and what such a value looks like
@@ -278,7 +300,13 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(expand_lists(arguments))
-    except (ValueError, OSError, FloatingPointError) as error:
+        code = app(expand_lists(arguments), standalone_mode=False)
+    except ParserError as error:
+        text = error.format_message()  # type: ignore[attr-defined]
+        if text.strip():  # without arguments the help has been shown
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

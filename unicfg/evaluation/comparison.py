@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import unicfg
 from models import TextToImage
+from models.pipeline import held_families
 from tokenizers_vq.hub import write_text_atomically
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
@@ -51,7 +53,7 @@ class Comparison:
         columns = [f"s = {scale:g}" for scale in self.scales]
         return grid(rows, row_labels=labels, column_labels=columns)
 
-    def save(self, out: Path) -> Path:
+    def save(self, out: Path | str) -> Path:
         """Write the picture to ``out``; where that has no suffix, a folder with all there is.
 
         The folder gets ``compare.png``, ``index.html``, ``settings.json`` and every single image.
@@ -62,12 +64,13 @@ class Comparison:
         Raises:
             OSError: if it cannot be written.
         """
-        if out.suffix:
+        out = Path(out)
+        if out.suffix and not out.is_dir():
             return save_picture(self.picture(), out)
         files = {}
         for (family, scale), images in self.images.items():
             for seed, image in zip(self.seeds, images, strict=True):
-                file = f"images/{family}-s{scale:g}-seed{seed}.png"
+                file = f"images/{family}-s{_text(scale)}-seed{seed}.png"
                 save_picture(image, out / file)
                 files[file] = {"family": family, "scale": scale, "seed": seed}
         settings = {
@@ -77,7 +80,11 @@ class Comparison:
             "seeds": self.seeds,
             "families": self.settings,
             "images": files,
-            "versions": {"unicfg": unicfg.__version__, "torch": torch.__version__},
+            "versions": {
+                "unicfg": unicfg.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         write_text_atomically(json.dumps(settings, indent=2) + "\n", out / "settings.json")
         write_text_atomically(self._page(), out / "index.html")
@@ -89,7 +96,7 @@ class Comparison:
         for family in self.families:
             for seed in self.seeds:
                 cells = "".join(
-                    f'<td><img src="images/{family}-s{scale:g}-seed{seed}.png" alt="{family}, s = {scale:g}"></td>'
+                    f'<td><img src="images/{family}-s{_text(scale)}-seed{seed}.png" alt="{family}, s = {scale:g}"></td>'
                     for scale in self.scales
                 )
                 rows.append(f"<tr><th>{family}<br>seed {seed}</th>{cells}</tr>")
@@ -102,11 +109,16 @@ class Comparison:
         )
 
 
+def _text(scale: float) -> str:
+    """A scale in a file name: short, and another for every scale."""
+    return f"{scale:.17g}" if float(f"{scale:g}") != scale else f"{scale:g}"
+
+
 def compare(
     prompt: str,
     *,
-    weights: str = "shapes",
-    families: Sequence[str],
+    weights: Path | str = "shapes",
+    families: Sequence[str] | None = None,
     scales: Sequence[float],
     seeds: Sequence[int] = (0,),
     progress: Callable[[str, float], None] | None = None,
@@ -116,7 +128,7 @@ def compare(
     Args:
         prompt: the text.
         weights: shipped weights, a folder, or a hub repository that holds all the families.
-        families: rows.
+        families: rows; None is all that the weights hold.
         scales: columns.
         seeds: images a cell.
         progress: called with family and scale after each cell.
@@ -126,18 +138,23 @@ def compare(
         ValueError: if they do not hold a family, or a scale is not finite.
     """
     guidances = {scale: Guidance(scale) for scale in scales}  # refused before weights are read
+    families = held_families(weights) if families is None else families
     for name, values in (("families", families), ("scales", scales), ("seeds", seeds)):
         if len(values) == 0 or len(set(values)) != len(values):
             raise ValueError(f"{name} is {list(values)}, expected at least one, and none twice")
     # every family is loaded before the first image is drawn, so that a missing one costs nothing
     pipes = {family: TextToImage.from_pretrained(weights, family) for family in families}
-    result = Comparison(prompt, weights, tuple(families), tuple(scales), tuple(seeds))
+    result = Comparison(prompt, str(weights), tuple(families), tuple(scales), tuple(seeds))
     for family, pipe in pipes.items():
         result.settings[family] = {
             "network": type(pipe.network).__name__,
             "parameters": sum(p.numel() for p in pipe.network.parameters()),
             "config": asdict(pipe.network.config),
-            "sampler": pipe.defaults(),
+            "tokenizer": asdict(pipe.tokenizer.config),
+            "sampler": pipe.sampler_settings(),
+            "mitigations": [],
+            "weights_sha256": pipe.digest(),
+            "device": str(pipe.device),
         }
         for scale, guidance in guidances.items():
             result.images[family, scale] = pipe(

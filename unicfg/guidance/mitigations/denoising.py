@@ -83,7 +83,8 @@ class dynamic_threshold:
         place = self.percentile * (ordered.shape[1] - 1)
         low = math.floor(place)
         high = min(low + 1, ordered.shape[1] - 1)
-        quantile = torch.lerp(ordered[:, low], ordered[:, high], place - low)
+        share = place - low
+        quantile = ordered[:, low] * (1 - share) + ordered[:, high] * share
         q = quantile.clamp(min=self.limit).view(-1, *[1] * (guided.ndim - 1))
         return guided.clamp(-q, q) * (self.limit / q)
 
@@ -248,8 +249,8 @@ class cfg_zero_star:
         """Extrapolate from the scaled unconditional output."""
         size = inner(uncond_out, uncond_out)
         a = torch.where(size > 0, inner(cond_out, uncond_out) / size, 1.0)
-        # c + (s - 1) * (c - a * u), where guided is c + (s - 1) * (c - u)
-        return guided + strength(guided, cond_out, uncond_out) * (1 - a) * uncond_out
+        rest = uncond_out - a * uncond_out  # c - a * u is longer than the direction by this
+        return guided + strength(guided, cond_out, uncond_out) * rest
 
 
 @dataclass(frozen=True)
