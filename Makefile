@@ -26,7 +26,7 @@ test: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --rounds 7 --out benchmarks/results
-	$(BIN)/python benchmarks/families.py --rounds 7 --out benchmarks/results
+	$(BIN)/python benchmarks/families.py --batches 1 --rounds 7 --out benchmarks/results
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
 
 clean:

@@ -53,12 +53,13 @@ def main() -> None:
     file = options.out / f"{Path(options.weights).name}-attributes.json"
     results = load(file, settings)
     pipes = {family: TextToImage.from_pretrained(options.weights, family) for family in families}
+    fingerprints = {family: fingerprint(pipe) for family, pipe in pipes.items()}
     results["limits"] = limits(next(iter(pipes.values())).tokenizer, scenes)
     jobs = [(family, scale) for family in families for scale in options.scales]
     with tqdm(jobs, desc="drawing and reading", unit="cell") as bar:
         for family, scale in bar:
             bar.set_postfix(family=family, s=scale)
-            made_with = fingerprint(pipes[family])
+            made_with = fingerprints[family]
             cells = results["families"].get(family, {})
             if cells.get("made_with") != made_with:
                 cells = {"sampler": pipes[family].defaults(), "made_with": made_with}

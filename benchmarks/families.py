@@ -31,7 +31,7 @@ from models import (
     TokenTransformer,
     TokenTransformerConfig,
 )
-from models.pipeline import SOLVERS, STEPS
+from models.pipeline import REVEAL, SOLVERS, STEPS
 from unicfg import (
     ConditionDropout,
     Guidance,
@@ -69,7 +69,7 @@ def cases(width: int, batch: int) -> dict[str, Case]:
                 return sample_autoregressive(model, cond, **options)
             options["steps"] = STEPS[family]
             if family == "masked":
-                return sample_masked(model, cond, **options)
+                return sample_masked(model, cond, reveal=REVEAL, **options)
             sampler = sample_hybrid if family == "hybrid" else sample_diffusion
             return sampler(model, cond, solver=SOLVERS[family], **options)
 
@@ -107,7 +107,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for families.md and families.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    command = f"python benchmarks/families.py --rounds {options.rounds}"
+    command = (
+        f"python benchmarks/families.py --widths {' '.join(map(str, options.widths))} "
+        f"--batches {' '.join(map(str, options.batches))} --rounds {options.rounds}"
+    )
     lines = [
         "# Families side by side",
         "",

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from unicfg.guidance.core import Guidance, Scale
+from unicfg.guidance.core import Guidance, Scale, guide
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.autoregressive import CachedBranches
 from unicfg.sampling.branches import (
@@ -291,13 +291,19 @@ class _Head:
         rows = [state for name, state in states.items() if name in needed and state is not None]
         denoisers = self.prepared(torch.cat(rows))
         path, space = self.network.path, self.network.space
+        on_device = scale.to(noise.device) if isinstance(scale, Tensor) else scale
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
 
         def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
-            out = denoisers[index](torch.cat([x] * len(rows)))
-            outputs = dict(zip(needed, out.chunk(len(rows)), strict=True))
-            level = Level(x, *self.levels[index], space) if running.mitigations else None
-            cond_out, uncond_out = outputs.get("cond"), outputs.get("uncond")
+            # called for every step of every token: the common cases take the shortest way
+            if len(rows) == 1:
+                out = denoisers[index](x)
+                return Guided(out, scale, *((out, None) if needed == ("cond",) else (None, out)))
+            cond_out, uncond_out = denoisers[index](torch.cat([x, x])).chunk(2)
+            if not running.mitigations:
+                out = guide(cond_out, uncond_out, on_device)
+                return Guided(out, scale, cond_out, uncond_out)
+            level = Level(x, *self.levels[index], space)
             guided = running.combine(progress, cond_out, uncond_out, level)
             return Guided(guided, scale, cond_out, uncond_out)
 
