@@ -84,7 +84,6 @@ RUBBISH = {
     "cross": lambda x, y: (abs(x) < 1.5) & (abs(y) < 9) | (abs(y) < 1.5) & (abs(x) < 9),
     "ellipse": lambda x, y: (x / 8) ** 2 + (y / 5.5) ** 2 < 1,
     "rectangle": lambda x, y: (abs(x) < 8) & (abs(y) < 5),
-    "diamond": lambda x, y: abs(x) + abs(y) < 9,
     "inverted triangle": lambda x, y: (abs(y) < 8) & (abs(x) < (8 - y) / 2),
 }
 

@@ -245,7 +245,11 @@ def test_inpainting_redraws_the_masked_part_alone(family):
     steps = []
     drawn = pipe(CAPTIONS[:2], seeds=[0, 1], callback=steps.append, **options)
     assert not same(drawn[:1], drawn[1:])
-    known = pipe._known_region(image, mask, 2)
+    known, _ = pipe._known_region(image, mask, 2)
+    for picture in drawn:
+        pixels = np.asarray(picture)
+        assert np.array_equal(pixels[:, :8], np.asarray(image)[:, :8])  # the very same
+        assert not np.array_equal(pixels[:, 8:], np.asarray(image)[:, 8:])
     if family == "masked":
         ids = steps[-1].ids.view(2, 4, 4)
         assert torch.equal(ids[:, :, :2], known["init"][:, :, :2])
