@@ -43,9 +43,9 @@ SIDE = 32  # larger images are averaged down to it
 MOST_OBJECTS = 4  # looked for in one image
 LEAST_CONTRAST = 50.0  # of an object against the background; the palette's own is at least 90
 FARTHEST_COLOUR = 60.0  # from the named colour, Euclidean, 0..255 a channel
-LEAST_FIT = (
-    0.97  # share of the energy around an object that its template explains; real ones have 0.99
-)
+# share of the energy around an object that its template explains; real ones have 0.99. An ellipse, a rectangle or a
+# triangle upside down have less; a diamond or a polygon of many sides passes as a circle, which at 32 px it nearly is
+LEAST_FIT = 0.97
 SIZE_TOLERANCE = 0.2  # of the diameter; the palette's own jitter is 0.04
 
 COARSE_DIAMETERS = (0.19, 0.24, 0.31, 0.40)  # shares of the side
