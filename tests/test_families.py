@@ -616,6 +616,25 @@ def test_hybrid_loss_in_the_masked_order_counts_hidden_tokens_alone():
         hybrid_loss(model, latents, None, Noising(cosine(), "eps"), 0, True, generator())
 
 
+def test_context_noise_disturbs_what_the_transformer_sees_and_nothing_else():
+    latents, seen = torch.randn(64, 16, 2, generator=generator()), []
+
+    def model(x, cond, noisy, t, known):
+        seen.append((x, noisy, t))
+        return torch.zeros_like(noisy)
+
+    noising = Noising(cosine(), "eps")
+    for noise in (0.0, 0.5):
+        hybrid_loss(model, latents, None, noising, 2, False, generator(), noise)
+    (clean, *plain), (disturbed, *same) = seen
+    assert torch.equal(clean, latents)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+    levels = (disturbed - latents).flatten(1).std(1)  # one level a sample, uniform up to 0.5
+    assert 0.15 < levels.mean() < 0.35 and levels.max() < 0.75 and levels.min() < 0.1
+    with pytest.raises(ValueError, match=r"context_noise is -1\.0, expected a finite number"):
+        hybrid_loss(model, latents, None, noising, 2, False, generator(), -1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

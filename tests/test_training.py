@@ -459,6 +459,7 @@ def test_what_a_family_has_of_its_own_replaces_the_shared_settings(tmp_path):
         ("diffusion", {"patch": 3}, "patch is 3, expected a divisor of the grid 4"),
         ("hybrid", {"head": {"depth": 0}}, "head: depth is 0, expected at least 1"),
         ("hybrid", {"head": {"draws": 0}}, "head: draws is 0"),
+        ("hybrid", {"head": {"context_noise": -0.1}}, r"head: context_noise is -0\.1"),
         ("flow", {"noise": {"min_snr": -1.0}}, r"noise: min_snr is -1\.0"),
         ("flow", {"noise": {"shift": 0.0}}, r"noise: shift is 0\.0"),
         ("ar", {"noise": {"min_snr": 5.0}}, "expected it to be left alone for the family ar"),

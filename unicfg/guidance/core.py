@@ -71,7 +71,9 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     )
     if cond.device.type == "cpu":  # elsewhere looking at the result would stall the device
         out = _line(cond, uncond, s)
-        if bool(out.abs().amax() <= torch.finfo(cond_out.dtype).max):
+        # one number that is finite only if all are; where rounding follows, all must be small enough for it too
+        shown = out.sum() if out.dtype == cond_out.dtype else out.abs().amax()
+        if abs(shown.item()) <= torch.finfo(cond_out.dtype).max:
             return out.to(cond_out.dtype)
     return _guide_carefully(cond, uncond, s, cond_out.dtype)
 

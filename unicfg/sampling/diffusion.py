@@ -31,6 +31,7 @@ from unicfg.sampling.solvers import (
     check_solver,
     check_steps,
     integrate,
+    require_finite,
     time_grid,
 )
 from unicfg.training.dropout import ConditionDropout
@@ -139,15 +140,17 @@ def _at_levels(guidance: Guidance, ratios: Sequence[float]) -> Guidance:
 
 
 def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluate:
-    def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
+    def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
         level = None
         if guided_pass.guidance.mitigations:
-            level = Level(x, *path.coefficients(t[0].double()), space)
-        guided = guided_pass(progress, f"step {index}", x, t, level=level)
+            level = Level(x, *path.coefficients(torch.tensor(t, dtype=torch.float64)), space)
+        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        guided = guided_pass(progress, f"step {index}", x, times, level=level)
         if guided.out.shape != x.shape:
             raise ValueError(
                 f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"
             )
+        require_finite(guided, f"step {index}")
         return guided
 
     return evaluate

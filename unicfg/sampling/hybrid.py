@@ -36,6 +36,8 @@ from unicfg.sampling.solvers import (
     check_solver,
     check_steps,
     integrate,
+    is_finite,
+    require_finite,
     time_grid,
 )
 from unicfg.training.dropout import ConditionDropout
@@ -294,18 +296,25 @@ class _Head:
         on_device = scale.to(noise.device) if isinstance(scale, Tensor) else scale
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
 
-        def evaluate(index: int, progress: float, x: Tensor, t: Tensor) -> Guided:
+        def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
             # called for every step of every token: the common cases take the shortest way
             if len(rows) == 1:
                 out = denoisers[index](x)
-                return Guided(out, scale, *((out, None) if needed == ("cond",) else (None, out)))
-            cond_out, uncond_out = denoisers[index](torch.cat([x, x])).chunk(2)
-            if not running.mitigations:
+                guided = Guided(out, scale, *((out, None) if needed == ("cond",) else (None, out)))
+                require_finite(guided, f"step {index}")
+                return guided
+            outs = denoisers[index](torch.cat([x, x]))
+            cond_out, uncond_out = outs.chunk(2)
+            if running.mitigations:
+                level = Level(x, *self.levels[index], space)
+                out = running.combine(progress, cond_out, uncond_out, level)
+            else:
                 out = guide(cond_out, uncond_out, on_device)
-                return Guided(out, scale, cond_out, uncond_out)
-            level = Level(x, *self.levels[index], space)
-            guided = running.combine(progress, cond_out, uncond_out, level)
-            return Guided(guided, scale, cond_out, uncond_out)
+            guided = Guided(out, scale, cond_out, uncond_out)
+            # the formula alone makes finite of finite
+            if running.mitigations or not is_finite(outs):
+                require_finite(guided, f"step {index}")
+            return guided
 
         x = noise * path.coefficients(self.times)[1][0]
         try:

@@ -15,7 +15,6 @@ from unicfg.guidance.spaces import (
     Space,
     check_level,
     join,
-    split,
 )
 from unicfg.sampling.branches import (
     progress_at,
@@ -28,7 +27,6 @@ from unicfg.sampling.solvers import (
     Prediction,
     last_ratio,
     report_step,
-    require_finite,
 )
 
 
@@ -106,16 +104,14 @@ class Scheduled:
         alpha, sigma, time = self._model_level(i)
         x = self._scaled(i, x)
         x = x * ((alpha + sigma) / (own_alpha + own_sigma)).to(x.dtype)
-        t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
-        guided = evaluate(i, progress, x, t)
-        require_finite(guided, f"step {i}")
-        out = guided.out.to(x.dtype)
-        x0, eps = split(out, x, alpha, sigma, self.space)
+        guided = evaluate(i, progress, x, time)
+        check_level(alpha, sigma, self.space)
+        now = Prediction(x, guided, alpha, sigma, self.space)
         if callback is not None:
-            callback(report_step(i, progress, time, Prediction(x, x0, eps, guided)))
+            callback(report_step(i, progress, time, now))
         if self.space == self.target and self.space != "v":
-            return out  # without rounding; v alone depends on the coefficients
-        return join(x0, eps, own_alpha, own_sigma, self.target)
+            return now.out  # without rounding; v alone depends on the coefficients
+        return join(now.x0, now.eps, own_alpha, own_sigma, self.target)
 
     def _tau(self, i: int) -> float:
         """The place sigma / (alpha + sigma) of the scheduler's state at its timestep i."""

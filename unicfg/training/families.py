@@ -131,6 +131,7 @@ def training_loss(recipe: ModelRecipe, network: nn.Module) -> Loss:
         recipe.head.draws,
         masked,
         generator,
+        recipe.head.context_noise,
     )
 
 

@@ -142,6 +142,7 @@ def hybrid_loss(
     draws: int,
     masked: bool,
     generator: torch.Generator,
+    context_noise: float = 0.0,
 ) -> Tensor:
     """Weighted squared error of a hybrid's head, for latents (B, L, C).
 
@@ -156,12 +157,17 @@ def hybrid_loss(
         draws: K, noisy versions of each latent.
         masked: train the masked order: some latents are hidden, and only these are counted.
         generator: of all random numbers.
+        context_noise: the transformer sees latents with noise of a deviation drawn up to this for each sample, as a
+            remedy for errors that add up: in sampling it goes on from latents that are not quite those of an image
+            (NextStep-1, arXiv 2508.10711, has it in the tokenizer). What the head is to predict stays clean.
 
     Raises:
-        ValueError: if ``draws`` is less than 1.
+        ValueError: if ``draws`` is less than 1, or ``context_noise`` negative or not finite.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}, expected at least 1")
+    if not 0 <= context_noise < math.inf:
+        raise ValueError(f"context_noise is {context_noise}, expected a finite number >= 0")
     batch, length, _ = latents.shape
     t = noising.draw_times(draws * batch * length, generator).view(draws, batch, length)
     noise = torch.randn((draws, *latents.shape), generator=generator)
@@ -169,7 +175,12 @@ def hybrid_loss(
     t, noise = t.to(latents.device), noise.to(latents.device)
     alpha, sigma = noising.path.coefficients(t[..., None])
     known = None if hidden is None else ~hidden
-    out = model(latents, cond, alpha * latents + sigma * noise, t, known)
+    context = latents
+    if context_noise > 0:
+        level = context_noise * torch.rand(batch, 1, 1, generator=generator)
+        disturbance = level * torch.randn(latents.shape, generator=generator)
+        context = latents + disturbance.to(latents)
+    out = model(context, cond, alpha * latents + sigma * noise, t, known)
     target = latents.expand_as(noise)
     if hidden is None:
         return _squared_error(out, target, noise, alpha, sigma, noising)

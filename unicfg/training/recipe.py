@@ -131,12 +131,17 @@ class HeadRecipe:
     width: int = 128
     depth: int = 3
     draws: int = 4  # noise draws a token and training step
+    context_noise: float = 0.0  # most of the noise on the latents that the transformer sees
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("width", "depth", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"head: {name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.context_noise < math.inf:
+            raise ValueError(
+                f"head: context_noise is {self.context_noise}, expected a finite number >= 0"
+            )
 
 
 @dataclass(frozen=True)
