@@ -224,7 +224,7 @@ def encode_prefix(blocks: nn.ModuleList, x: Tensor) -> EncodedCondition:
                 held.append(KeyValue(k, v))
                 return attention(q, k, v)
 
-            x = block(x, attend)
+            x = Block.forward(block, x, attend)  # also where a subclass perturbs the image's tokens
             k, v = held[0]
         layers.append(KeyValue(k, v))
     return EncodedCondition(tuple(layers))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from tokenizers_vq.hub import (
 from tokenizers_vq.images import from_image, to_images
 from unicfg.guidance import Guidance
 from unicfg.sampling import (
+    Branch,
     sample_autoregressive,
     sample_diffusion,
     sample_hybrid,
@@ -73,6 +74,10 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
+
+
+BranchLike: TypeAlias = "str | Sequence[str] | Branch | TextToImage"
+"""What a branch may be given as: also a :class:`TextToImage`."""
 
 
 class TextToImage:
@@ -156,6 +161,7 @@ class TextToImage:
         *,
         seeds: Sequence[int],
         guidance: Guidance | None = None,
+        branches: Mapping[str, BranchLike] | None = None,
         steps: int | None = None,
         solver: str | None = None,
         scheduler: Any | None = None,
@@ -196,6 +202,10 @@ class TextToImage:
         )
         shared: dict[str, Any] = {"seeds": seeds, "guidance": guidance, "callback": callback}
         cond = self.encode_prompts(prompts)
+        if branches is not None:
+            shared["branches"] = {
+                name: self._branch(name, own, prompts) for name, own in branches.items()
+            }
         if self.family == "ar":
             ids = sample_autoregressive(self.model, cond, **shared, **given)
             return self.tokenizer.decode(self._as_grid(ids))
@@ -213,6 +223,40 @@ class TextToImage:
         else:
             latents = sample_diffusion(self.model, cond, **shared, **known, **given)
         return keep(self.tokenizer.decode_latents(latents))
+
+    def _branch(self, name: str, own: BranchLike, prompts: Sequence[str]) -> Branch:
+        """What a branch runs, from a text, texts, a weaker pipeline, or as it is.
+
+        Raises:
+            ValueError: if it is something else, or a pipeline that speaks of other tokens or other text.
+        """
+        if isinstance(own, Branch):
+            return own
+        if isinstance(own, str):
+            return Branch(cond=self.encode_prompts([own])[0])
+        if not isinstance(own, TextToImage):
+            if len(own) != len(prompts) or not all(isinstance(text, str) for text in own):
+                raise ValueError(
+                    f"the branch {name!r} is {own!r}, expected a text, {len(prompts)} texts, a pipeline or a Branch"
+                )
+            return Branch(cond=self.encode_prompts(own))
+        ours, theirs = (pipe.tokenizer.state_dict() for pipe in (self, own))
+        same = ours.keys() == theirs.keys() and all(
+            torch.equal(value.cpu(), theirs[key].cpu()) for key, value in ours.items()
+        )
+        if own.family != self.family or not same:
+            what = "another tokenizer" if own.family == self.family else f"the family {own.family}"
+            raise ValueError(
+                f"the branch {name!r} is a pipeline with {what}, expected the tokenizer and the family "
+                f"{self.family} of the pipeline that it guides"
+            )
+        if own.text.length != self.text.length or not torch.equal(
+            own.text.encode(prompts), self.text.encode(prompts)
+        ):
+            raise ValueError(
+                f"the branch {name!r} is a pipeline with other text tokens, expected those of the pipeline it guides"
+            )
+        return Branch(model=own.network)
 
     def digest(self) -> str:
         """A hash of all weights, to tell which ones an image was made with."""
@@ -313,6 +357,7 @@ class TextToImage:
         *,
         seeds: Sequence[int],
         guidance: Guidance | None = None,
+        branches: Mapping[str, BranchLike] | None = None,
         steps: int | None = None,
         solver: str | None = None,
         scheduler: Any | None = None,
@@ -333,6 +378,8 @@ class TextToImage:
             prompts: B texts; one that is too long is cut, with a warning.
             seeds: B ints; the same seed gives the same image in a batch of any size.
             guidance: scale and schedule; None is ``Guidance(1.0)``.
+            branches: what runs in the branches that guidance names beside "cond" and "uncond": a text for all prompts,
+                or one each; another pipeline of the same family, tokenizer and text, as the weak model; or a ``Branch``.
             steps: masked: passes over the tokens; diffusion and flow: denoising steps; hybrid: steps of the head for
                 each token. None is ``STEPS`` of the family.
             solver: diffusion, flow, hybrid: "ddim", "heun" or "dpmpp_2m".
@@ -360,11 +407,14 @@ class TextToImage:
         Example:
             >>> pipe = TextToImage.from_pretrained("shapes")
             >>> images = pipe(["a red circle"], guidance=Guidance(3.0), seeds=[0])
+            >>> away = Guidance(branches.negative(3.0, 1.5))
+            >>> images = pipe(["a circle"], guidance=away, branches={"negative": "something red"}, seeds=[0])
         """
         images = self.sample(
             prompts,
             seeds=seeds,
             guidance=guidance,
+            branches=branches,
             steps=steps,
             solver=solver,
             scheduler=scheduler,

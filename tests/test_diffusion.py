@@ -378,7 +378,7 @@ def solve(path, solver, times, s=2.0):
     def evaluate(index, progress, x, t):
         t = torch.full((len(x),), t, dtype=x.dtype)
         c, u = model(x, cond, t), model(x, 0 * cond, t)
-        return Guided(guide(c, u, s), s, c, u)
+        return Guided(guide(c, u, s), s, {"cond": c, "uncond": u})
 
     return integrate(evaluate, alpha * x0 + sigma * eps, times, path, "v", solver)
 
@@ -881,7 +881,7 @@ def test_other_samplers_walk_rows_of_their_own():
 
     def evaluate(index, progress, x, t):
         seen.append((index, progress, t))
-        return Guided(torch.tanh(x), 1.0, torch.tanh(x), None)
+        return Guided(torch.tanh(x), 1.0, {"cond": torch.tanh(x)})
 
     grid = time_grid(straight(), 4)
     out = integrate(evaluate, x, grid, straight(), "flow", "heun")

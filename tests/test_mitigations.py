@@ -418,7 +418,7 @@ def test_a_mitigation_that_means_nothing_in_a_family_is_refused(family):
     sampler = samplers.get(family, sample_diffusion)
     tokens = family in ("ar", "masked")
     wrong = m.rescale() if tokens else m.plausibility()
-    with pytest.raises(ValueError, match=f"the mitigation {type(wrong).__name__} works on"):
+    with pytest.raises(ValueError, match=f"the guidance method {type(wrong).__name__} works on"):
         sampler(wrapped(family), COND, seeds=[0, 1], guidance=Guidance(S, (wrong,)))
 
 

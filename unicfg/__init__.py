@@ -6,12 +6,19 @@ stands in ``unicfg.guidance.core``, the samplers in ``unicfg.sampling``, the tra
 """
 
 from unicfg.guidance import Guidance, guide, scale_from_beta, scale_from_w
-from unicfg.sampling import sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
+from unicfg.sampling import (
+    Branch,
+    sample_autoregressive,
+    sample_diffusion,
+    sample_hybrid,
+    sample_masked,
+)
 from unicfg.training import ConditionDropout, drop_condition
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Branch",
     "ConditionDropout",
     "Guidance",
     "drop_condition",

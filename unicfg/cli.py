@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from models import TextToImage
 from models.pipeline import MODEL_CLASSES, held_families
 from unicfg.evaluation.comparison import compare as draw_comparison
-from unicfg.guidance import Guidance
+from unicfg.guidance import Guidance, branches
 from unicfg.pictures import check_picture_name, grid, save_picture
 from unicfg.sampling import TokenFilter
 
@@ -95,6 +95,10 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     guide_at: Annotated[str | None, typer.Option(help="hybrid: head, states or both.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What to stay away from, besides the null condition.")
+    ] = None,
+    away: Annotated[float, typer.Option(help="How far from --negative; 0 ignores it.")] = 1.0,
     init_image: Annotated[
         Path | None, typer.Option(help="A picture of which a part is drawn anew.")
     ] = None,
@@ -105,7 +109,13 @@ def generate(
     texts = _prompts(prompt, prompts)
     values = scales or [scale]
     # what is bad is refused before weights are read
-    guidances = [Guidance(value) for value in values]
+    if negative is None and away != 1.0:
+        raise ValueError(f"--away is {away} without --negative, expected both or none")
+    # without weight the branch would be refused: it is left out, as the help says
+    negative = None if away == 0 else negative
+    guidances = [
+        Guidance(value if negative is None else branches.negative(value, away)) for value in values
+    ]
     TokenFilter(temperature, top_k, top_p)
     check_picture_name(out)
     pipe = TextToImage.from_pretrained(weights, family)
@@ -130,6 +140,7 @@ def generate(
                     [text for text, _ in chunk],
                     seeds=[number for _, number in chunk],
                     guidance=guidance,
+                    branches=None if negative is None else {"negative": negative},
                     steps=steps,
                     solver=solver,
                     reveal=reveal,

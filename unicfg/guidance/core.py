@@ -16,9 +16,9 @@ channels, H W image pixels, h w latent grid, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ from unicfg.guidance.spaces import SPACES, Level, check_space
 Scale = float | Tensor
 Schedule = Callable[[float], Scale]
 Mitigation = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Combination(Protocol):
+    """What takes the place of the scale where there are other branches; see ``unicfg.guidance.branches``."""
+
+    def scale_at(self, progress: float) -> Scale:
+        """The weight of the condition."""
+
+    def branches_at(self, progress: float) -> tuple[str, ...]:
+        """The branches whose outputs the step at ``progress`` needs, in row order."""
+
+    def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
+        """The guided output (B, ...) of these branches."""
+
+    def fixed_at(self, progress: float) -> Combination:
+        """The same, at every step as it is at ``progress``."""
 
 
 def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
@@ -100,6 +116,48 @@ def _guide_carefully(cond: Tensor, uncond: Tensor, s: Scale, dtype: torch.dtype)
 def _line(cond: Tensor, uncond: Tensor, s: Scale) -> Tensor:
     """The formula; u + s * (c - u) would not be exact at s = 1."""
     return torch.lerp(uncond, cond, s)
+
+
+def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
+    """The formula for any number of outputs: the sum of weight * output, with weights that add up to 1.
+
+    Two outputs are :func:`guide`. More go out from the first one along its differences from the others, so that one
+    mask and one precision serve all: what is masked (-inf) in the first stays masked, and another output that is
+    masked takes the value of the first there.
+
+    Args:
+        outputs: (B, ...) each, of one dtype; the batch of all but the first may be 1.
+        weights: one each, a number, (B,), or broadcastable; they add up to 1, which is the caller's to check.
+
+    Returns:
+        the sum, in the shape and dtype of the first output.
+
+    Raises:
+        TypeError: see :func:`guide`.
+        ValueError: see :func:`guide`; if there are no outputs.
+    """
+    if not outputs or len(outputs) != len(weights):
+        raise ValueError(
+            f"there are {len(outputs)} outputs and {len(weights)} weights, expected one weight each"
+        )
+    first, *others = outputs
+    if len(outputs) == 1:
+        return first
+    if len(outputs) == 2:
+        return guide(first, others[0], weights[0])
+    precise = torch.promote_types(first.dtype, torch.float32)
+    most = torch.finfo(precise).max / 2  # differences stay finite
+    masked = first.isneginf()
+    base = first.to(precise).masked_fill(masked, 0.0).clamp(-most, most)
+    total = base.clone()
+    for out, weight in zip(others, weights[1:], strict=True):
+        _check_outputs(first, out)
+        wide = out.to(precise).expand_as(base)
+        wide = torch.where(wide.isneginf() | masked, base, wide).clamp(-most, most)
+        total = total + _check_scale(weight, first) * (wide - base)
+    limits = torch.finfo(first.dtype)
+    total = total.nan_to_num(nan=math.nan, posinf=limits.max, neginf=limits.min)
+    return total.clamp(limits.min, limits.max).masked_fill(masked, -math.inf).to(first.dtype)
 
 
 def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
@@ -176,7 +234,8 @@ class Guidance:
 
     Args:
         scale: a number, a tensor (B,) with one scale a sample, or a schedule: a callable from progress
-            (0.0 at the first sampling step, 1.0 at the last) to either. See ``unicfg.guidance.schedules``.
+            (0.0 at the first sampling step, 1.0 at the last) to either, see ``unicfg.guidance.schedules``. Or the
+            weights of any number of branches, see ``unicfg.guidance.branches``.
         mitigations: callables ``(guided, cond_out, uncond_out) -> guided``, applied in order after the formula, each
             in the space that it declares; see ``unicfg.guidance.mitigations``.
 
@@ -191,7 +250,7 @@ class Guidance:
         (('cond', 'uncond'), ('cond',))
     """
 
-    scale: Scale | Schedule = 1.0
+    scale: Scale | Schedule | Combination = 1.0
     mitigations: tuple[Mitigation, ...] = ()
 
     def __post_init__(self) -> None:
@@ -200,32 +259,51 @@ class Guidance:
         for mitigation in self.mitigations:
             if not callable(mitigation):
                 raise TypeError(f"mitigation is {mitigation!r}, expected a callable")
-        if isinstance(self.scale, Tensor) or not callable(self.scale):
+        if self._combination is None and (
+            isinstance(self.scale, Tensor) or not callable(self.scale)
+        ):
             _check_schedule_value(self.scale, "scale")
+
+    @property
+    def _combination(self) -> Combination | None:
+        # told by what it offers: branches are a module of their own, which imports this one
+        return self.scale if hasattr(self.scale, "branches_at") else None  # type: ignore[return-value]
 
     def scale_at(self, progress: float) -> Scale:
         """The scale at ``progress`` in [0, 1]: a float, or a tensor (B,).
+
+        With weights of branches, it is the weight of the condition.
 
         Raises:
             ValueError: if ``progress`` lies outside [0, 1], or a schedule gives a scale that is not finite.
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is {progress}, expected a fraction between 0 and 1")
+        where = f"schedule at progress {progress}"
+        if self._combination is not None:
+            return _check_schedule_value(self._combination.scale_at(progress), where)
         if isinstance(self.scale, Tensor) or not callable(self.scale):
             return _check_schedule_value(self.scale, "scale")
-        return _check_schedule_value(self.scale(progress), f"schedule at progress {progress}")
+        return _check_schedule_value(self.scale(progress), where)
 
     def branches_at(self, progress: float) -> tuple[str, ...]:
         """The branches whose outputs the step at ``progress`` needs, in row order.
 
         ``("cond",)`` where every scale is 1, ``("uncond",)`` where every scale is 0, else both: a sampler runs
-        B rows, not 2B, wherever one branch suffices.
+        B rows, not 2B, wherever one branch suffices. With weights of branches, those whose weight is not 0.
         """
+        if self._combination is not None:
+            return self._combination.branches_at(progress)
         s = self.scale_at(progress)
         for value, branch in ((1.0, "cond"), (0.0, "uncond")):
             if s == value if isinstance(s, float) else bool((torch.as_tensor(s) == value).all()):
                 return (branch,)
         return ("cond", "uncond")
+
+    def fixed_at(self, progress: float) -> Guidance:
+        """The same guidance with the scale, or the weights, that it has at ``progress``."""
+        fixed = self._combination.fixed_at(progress) if self._combination is not None else None
+        return replace(self, scale=self.scale_at(progress) if fixed is None else fixed)
 
     def begin(self, space: str) -> Guidance:
         """The guidance of one sampling: mitigations that remember earlier steps start anew.
@@ -240,11 +318,12 @@ class Guidance:
         """
         if space != "logits":
             check_space(space)
-        for mitigation in self.mitigations:
-            native = getattr(mitigation, "space", None)
+        methods = [*self.mitigations, *([self._combination] if self._combination else [])]
+        for method in methods:
+            native = getattr(method, "space", None)
             if native is not None and (native == "logits") != (space == "logits"):
                 raise ValueError(
-                    f"the mitigation {_name(mitigation)} works on {native}, and the model predicts {space}: "
+                    f"the guidance method {_name(method)} works on {native}, and the model predicts {space}: "
                     + (
                         "expected one for logits, such as temperature_matching or kl_trust_region"
                         if space == "logits"
@@ -261,42 +340,66 @@ class Guidance:
         uncond_out: Tensor | None,
         level: Level | None = None,
     ) -> Tensor:
-        """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
-
-        Where only one branch is needed its output is returned as it is: there is nothing to rein in.
+        """:meth:`combine_branches` for the two branches of plain guidance.
 
         Args:
             progress: fraction of sampling done, in [0, 1].
             cond_out: (B, ...), or None where the step does not need it.
             uncond_out: (B, ...), or None where the step does not need it.
+            level: see :meth:`combine_branches`.
+
+        Raises:
+            ValueError: see :meth:`combine_branches`.
+        """
+        given = {"cond": cond_out, "uncond": uncond_out}
+        outputs = {name: out for name, out in given.items() if out is not None}
+        return self.combine_branches(progress, outputs, level)
+
+    def combine_branches(
+        self, progress: float, outputs: Mapping[str, Tensor], level: Level | None = None
+    ) -> Tensor:
+        """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
+
+        Where only one branch is needed its output is returned as it is: there is nothing to rein in. What a
+        mitigation takes for the unconditional output is that of "uncond", or of the last branch where there is none.
+
+        Args:
+            progress: fraction of sampling done, in [0, 1].
+            outputs: of each needed branch, (B, ...).
             level: of denoisers, where the outputs were made: needed by mitigations with a space of their own.
 
         Raises:
             ValueError: if a branch that the step needs is missing, or a level that a mitigation needs.
         """
-        outputs = {"cond": cond_out, "uncond": uncond_out}
-        needed = [outputs[branch] for branch in self.branches_at(progress)]
-        if any(out is None for out in needed):
+        needed = self.branches_at(progress)
+        if any(name not in outputs for name in needed):
             raise ValueError(
-                f"the step at progress {progress} needs {self.branches_at(progress)}, "
-                f"got {tuple(name for name, out in outputs.items() if out is not None)}"
+                f"the step at progress {progress} needs {needed}, got {tuple(outputs)}"
             )
         if len(needed) == 1:
-            assert needed[0] is not None
-            return needed[0]
-        assert cond_out is not None and uncond_out is not None
-        s = self.scale_at(progress)
-        s = s.to(cond_out.device) if isinstance(s, Tensor) else s
+            return outputs[needed[0]]
         if not self.mitigations:
-            return guide(cond_out, uncond_out, s)
-        _check_outputs(cond_out, uncond_out)
-        dtype = cond_out.dtype
-        precise = torch.promote_types(dtype, torch.float32)  # rounded once, at the end
-        cond_out, uncond_out = cond_out.to(precise), uncond_out.to(precise).expand_as(cond_out)
-        guided = guide(cond_out, uncond_out, s)
+            return self._mixed(progress, {name: outputs[name] for name in needed})
+        first = outputs[needed[0]]
+        precise = torch.promote_types(first.dtype, torch.float32)  # rounded once, at the end
+        wide = {}
+        for name in needed:
+            _check_outputs(first, outputs[name])
+            wide[name] = outputs[name].to(precise).expand_as(first)
+        guided = self._mixed(progress, wide)
+        cond = wide[needed[0]]
+        uncond = wide.get("uncond", wide[needed[-1]])
         for mitigation in self.mitigations:
-            guided = _mitigate(mitigation, progress, guided, cond_out, uncond_out, level)
-        return to_dtype(guided, dtype)
+            guided = _mitigate(mitigation, progress, guided, cond, uncond, level)
+        return to_dtype(guided, first.dtype)
+
+    def _mixed(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
+        """The formula alone."""
+        if self._combination is not None:
+            return self._combination.combine(progress, outputs)
+        s = self.scale_at(progress)
+        cond_out, uncond_out = outputs["cond"], outputs["uncond"]
+        return guide(cond_out, uncond_out, s.to(cond_out.device) if isinstance(s, Tensor) else s)
 
 
 def to_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Guided samplers: plain functions, model first. Imports torch and nothing else."""
 
 from unicfg.sampling.autoregressive import TokenStep, Uncached, sample_autoregressive
+from unicfg.sampling.branches import Branch
 from unicfg.sampling.diffusion import sample_diffusion
 from unicfg.sampling.hybrid import LatentStep, sample_hybrid
 from unicfg.sampling.masked import UnmaskingStep, sample_masked
@@ -9,6 +10,7 @@ from unicfg.sampling.solvers import DenoisingStep
 from unicfg.sampling.tokens import TokenFilter
 
 __all__ = [
+    "Branch",
     "DenoisingStep",
     "LatentStep",
     "TokenFilter",

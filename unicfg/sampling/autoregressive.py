@@ -7,7 +7,7 @@ catches up on the tokens so far in a single chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.sampling.branches import (
+    Branch,
+    Group,
     begin_guidance,
-    branch_conditions,
     combine,
-    needed_branches,
     network_and_null,
+    plan,
     progress_at,
     require,
 )
@@ -65,8 +66,7 @@ class TokenStep:
         scale: s at this step: a float or (B,).
         ids: tokens so far (B, index + 1).
         guided: the guided logits that the token was drawn from (B, V).
-        cond_out: conditional logits (B, V); None where the step did not need them.
-        uncond_out: unconditional logits (B, V); None where the step did not need them.
+        outputs: logits (B, V) of each branch that the step needed.
     """
 
     index: int
@@ -74,8 +74,17 @@ class TokenStep:
     scale: Scale
     ids: Tensor
     guided: Tensor
-    cond_out: Tensor | None
-    uncond_out: Tensor | None
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def cond_out(self) -> Tensor | None:
+        """Conditional logits (B, V); None where the step did not need them."""
+        return self.outputs.get("cond")
+
+    @property
+    def uncond_out(self) -> Tensor | None:
+        """Unconditional logits (B, V); None where the step did not need them."""
+        return self.outputs.get("uncond")
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
@@ -86,6 +95,7 @@ def sample_autoregressive(
     seeds: Sequence[int],
     guidance: Guidance | None = None,
     uncond: Tensor | None = None,
+    branches: Mapping[str, Branch] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -100,6 +110,7 @@ def sample_autoregressive(
         guidance: scale, schedule and mitigations; None is ``Guidance(1.0)``, the conditional model.
         uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
             ``model`` was trained with.
+        branches: what runs in the branches that guidance names beside "cond" and "uncond".
         temperature: divides the guided logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens, after guidance.
         top_p: keep the most likely tokens up to this probability, after guidance.
@@ -124,26 +135,16 @@ def sample_autoregressive(
     noise = uniform(generators(check_seeds(seeds, batch)), (total,)).to(cond.device)
 
     progresses = [progress_at(index, total) for index in range(total)]
-    needed = needed_branches(guidance, progresses, batch)
-    branches = CachedBranches(network, branch_conditions(cond, uncond, needed), batch)
+    groups = plan(network, cond, uncond, branches, guidance, progresses)
+    run = CachedBranches(groups, batch)
     ids = cond.new_empty((batch, 0), dtype=torch.long)
     for index, progress in enumerate(progresses):
-        outputs = branches(ids, guidance.branches_at(progress))
-        guided = combine(guidance, progress, *outputs, f"token {index}")
+        outputs = run(ids, guidance.branches_at(progress))
+        guided = combine(guidance, progress, outputs, f"token {index}")
         probabilities = choose(_drawable(guided.out, index))
         ids = torch.cat([ids, draw(probabilities, noise[:, index])[:, None]], dim=1)
         if callback is not None:
-            callback(
-                TokenStep(
-                    index,
-                    progress,
-                    guided.scale,
-                    ids,
-                    guided.out,
-                    guided.cond_out,
-                    guided.uncond_out,
-                )
-            )
+            callback(TokenStep(index, progress, guided.scale, ids, guided.out, guided.outputs))
     return ids
 
 
@@ -159,38 +160,51 @@ def _drawable(logits: Tensor, index: int) -> Tensor:
 
 
 class CachedBranches:
-    """The rows of a guided decode step: one cache for [cond; uncond], and a view of it for each branch.
+    """The rows of a guided decode step: one cache a network for all its branches, and a view of it for each.
 
     Args:
-        network: with ``make_cache``, ``prefill`` and ``decode``.
-        conditions: of each branch that some step needs, in row order, (B, T) or (1, T).
+        groups: see :func:`unicfg.sampling.branches.plan`; the networks have ``make_cache``, ``prefill`` and ``decode``.
         batch: B.
     """
 
-    def __init__(self, network: Any, conditions: dict[str, Tensor], batch: int) -> None:
-        self.network = network
-        self.batch = batch
-        self.joint: Cache = network.make_cache(batch * len(conditions))
+    def __init__(self, groups: Sequence[Group], batch: int) -> None:
+        self.groups, self.batch = groups, batch
+        self.joint: list[Cache] = []
         self.caches: dict[str, Cache] = {}
-        for i, (name, rows) in enumerate(conditions.items()):
-            cache = self.joint.rows(i * batch, (i + 1) * batch)
-            network.prefill(rows, cache)
-            self.caches[name] = cache
+        for group in groups:
+            joint = group.network.make_cache(batch * len(group.conditions))
+            for i, (name, rows) in enumerate(group.conditions.items()):
+                cache = joint.rows(i * batch, (i + 1) * batch)
+                group.network.prefill(rows, cache)
+                self.caches[name] = cache
+            self.joint.append(joint)
 
-    def __call__(self, ids: Tensor, needed: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Output for the next token in each needed branch, None in the others."""
-        lengths = {self.caches[name].length for name in needed}
-        if len(needed) == 2 and len(lengths) == 1:
-            return self._together(ids, lengths.pop())
-        outputs = {name: self.network.decode(ids, self.caches[name]) for name in needed}
-        return outputs.get("cond"), outputs.get("uncond")
+    def __call__(self, ids: Tensor, needed: tuple[str, ...]) -> dict[str, Tensor]:
+        """Output for the next token in each needed branch."""
+        outputs: dict[str, Tensor] = {}
+        for group, joint in zip(self.groups, self.joint, strict=True):
+            for names in group.runs(needed):
+                if len({self.caches[name].length for name in names}) > 1:
+                    # one of them joins late: each catches up by itself, this once
+                    for name in names:
+                        outputs[name] = group.network.decode(ids, self.caches[name])
+                else:
+                    outputs.update(self._together(group, joint, names, ids))
+        return {name: outputs[name] for name in needed}
 
-    def _together(self, ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        self.joint.length = length
-        logits = self.network.decode(torch.cat([ids, ids]), self.joint)
-        for cache in self.caches.values():
-            cache.length = self.joint.length
-        return logits[: self.batch], logits[self.batch :]
+    def _together(
+        self, group: Group, joint: Cache, names: tuple[str, ...], ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Neighbouring branches with caches of one length, in one call."""
+        if len(names) == 1:
+            return {names[0]: group.network.decode(ids, self.caches[names[0]])}
+        first = group.place(names[0])
+        cache = joint.rows(first * self.batch, (first + len(names)) * self.batch)
+        cache.length = self.caches[names[0]].length
+        out = group.network.decode(torch.cat([ids] * len(names)), cache)
+        for name in names:
+            self.caches[name].length = cache.length
+        return dict(zip(names, out.split(self.batch), strict=True))
 
 
 class Uncached:

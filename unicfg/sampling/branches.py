@@ -1,12 +1,14 @@
-"""Which branches a sampling needs, and the rows [cond; uncond] of a guided pass, in that order.
+"""Which branches a sampling needs, and the rows of a guided pass: [cond; uncond; ...], in that order.
 
-Every sampler runs both branches in one call of 2B rows where it needs both, and B rows where the scale is 1 or 0.
+Every sampler runs all branches of a step that share a network in one call of B rows each, and leaves out those that
+the step does not need.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,27 +35,38 @@ def require(model: Any, sampler: str, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What a branch beside "cond" and "uncond" runs; see ``unicfg.guidance.branches`` for what it weighs.
+
+    Attributes:
+        cond: its condition, one for all samples (T,) or (B, T); None is that of the prompt.
+        model: its model, or the ``ConditionDropout`` around it: of the same kind as the sampler's, on the same tokens
+            or latents. None is the sampler's own, which runs the branch in the same pass as the others.
+    """
+
+    cond: Tensor | None = None
+    model: Any = None
+
+
+@dataclass(frozen=True)
 class Guided:
     """What guidance made of the branches at one step.
 
     Attributes:
         out: the guided output (B, ...).
         scale: s at this step: a float or (B,).
-        cond_out: the conditional output; None where the step did not need it.
-        uncond_out: the unconditional output; None where the step did not need it.
+        outputs: of each branch that the step needed (B, ...).
     """
 
     out: Tensor
     scale: Scale
-    cond_out: Tensor | None
-    uncond_out: Tensor | None
+    outputs: Mapping[str, Tensor]
 
 
 def combine(
     guidance: Guidance,
     progress: float,
-    cond_out: Tensor | None,
-    uncond_out: Tensor | None,
+    outputs: Mapping[str, Tensor],
     step: str,
     level: Level | None = None,
 ) -> Guided:
@@ -62,25 +75,40 @@ def combine(
     Args:
         guidance: scale, schedule and mitigations.
         progress: fraction of sampling done.
-        cond_out: (B, ...), or None where not needed.
-        uncond_out: (B, ...), or None where not needed.
+        outputs: of each branch that the step needs (B, ...).
         step: what to call this step in an error, as in "step 3".
         level: where a denoiser's outputs were made.
 
     Raises:
+        ValueError: if the outputs of two branches differ in shape.
         FloatingPointError: if an output holds NaN or +inf; names the step and the branch.
     """
-    branches = {"cond": cond_out, "uncond": uncond_out}
     # before they are guided, which saturates +inf; -inf masks a logit and is let through
-    broken = [name for name, out in branches.items() if out is not None and _is_broken(out)]
+    broken = [name for name, out in outputs.items() if _is_broken(out)]
     if not broken:
-        out = guidance.combine(progress, cond_out, uncond_out, level)
+        check_same_shape(outputs)
+        out = guidance.combine_branches(progress, outputs, level)
         if not _is_broken(out):
-            return Guided(out, guidance.scale_at(progress), cond_out, uncond_out)
+            return Guided(out, guidance.scale_at(progress), outputs)
     raise FloatingPointError(
         f"the model's output holds NaN or +inf at {step}, "
-        f"in the branches {broken or 'cond and uncond, combined'}"
+        f"in the branches {broken or ' and '.join(outputs) + ', combined'}"
     )
+
+
+def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
+    """Refuse branches that speak of different things.
+
+    Raises:
+        ValueError: names the branch, and both shapes.
+    """
+    (first, out), *others = outputs.items()
+    for name, other in others:
+        if other.shape != out.shape:
+            raise ValueError(
+                f"the branch {name!r} gives {tuple(other.shape)} and {first!r} {tuple(out.shape)}, expected equal "
+                "shapes: a model of the same tokenizer, codebook and latents"
+            )
 
 
 def _is_broken(out: Tensor) -> bool:
@@ -116,15 +144,16 @@ def needed_branches(guidance: Guidance, progresses: Iterable[float], batch: int)
     Raises:
         ValueError: if a scale (B,) does not fit the batch.
     """
-    needed: set[str] = set()
+    needed: dict[str, None] = {}
     for progress in progresses:
         scale = guidance.scale_at(progress)
         if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) not in (1, batch):
             raise ValueError(
                 f"the scale has {len(scale)} values for a batch of {batch}, expected one each"
             )
-        needed.update(guidance.branches_at(progress))
-    return tuple(name for name in ("cond", "uncond") if name in needed)
+        needed.update(dict.fromkeys(guidance.branches_at(progress)))
+    first = tuple(name for name in ("cond", "uncond") if name in needed)
+    return first + tuple(name for name in needed if name not in first)
 
 
 def network_and_null(model: Any, uncond: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -144,72 +173,173 @@ def network_and_null(model: Any, uncond: Tensor | None) -> tuple[Any, Tensor | N
     return network, uncond
 
 
-def branch_conditions(
-    cond: Tensor, uncond: Tensor | None, needed: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """The condition of each needed branch: (B, ...), or (1, ...) where one row serves all.
+@dataclass(frozen=True)
+class Group:
+    """The branches that one network runs, together in one pass.
+
+    Attributes:
+        network: the bare network.
+        conditions: of each branch, in row order: (B, ...), or (1, ...) where one row serves all.
+    """
+
+    network: Any
+    conditions: dict[str, Tensor]
+
+    def runs(self, needed: Iterable[str]) -> list[tuple[str, ...]]:
+        """The needed branches of this group, as stretches of neighbouring rows."""
+        wanted, open_ = set(needed), False
+        stretches: list[tuple[str, ...]] = []
+        for name in self.conditions:
+            if name not in wanted:
+                open_ = False
+            elif open_:
+                stretches[-1] += (name,)
+            else:
+                stretches.append((name,))
+                open_ = True
+        return stretches
+
+    def place(self, name: str) -> int:
+        """The place of a branch in row order."""
+        return list(self.conditions).index(name)
+
+
+def plan(
+    network: Any,
+    cond: Tensor,
+    uncond: Tensor | None,
+    branches: Mapping[str, Branch] | None,
+    guidance: Guidance,
+    progresses: Iterable[float],
+) -> list[Group]:
+    """Which network runs which branches of a sampling, with which conditions.
+
+    Args:
+        network: the sampler's own.
+        cond: (B, ...).
+        uncond: the null condition (...), or (B, ...).
+        branches: those beside "cond" and "uncond".
+        guidance: says which branches are needed.
+        progresses: of all steps.
 
     Raises:
-        ValueError: if an unconditional branch is needed and there is no condition for it, or it does not fit.
+        ValueError: if a branch is needed and not there, or there and of no use, or a condition does not fit, or a
+            model is of another kind, or in training mode.
     """
-    conditions: dict[str, Tensor] = {}
-    if "cond" in needed:
-        conditions["cond"] = cond
-    if "uncond" in needed:
-        if uncond is None:
+    extra = {} if branches is None else dict(branches)
+    for name in ("cond", "uncond"):
+        if name in extra:
             raise ValueError(
-                "guidance needs an unconditional branch: expected a ConditionDropout with a "
-                "tensor as null condition, or uncond=, the null condition of the training"
+                f"branches has {name!r}, expected other names: these two are the arguments cond and uncond"
             )
-        if uncond.shape not in (cond.shape, cond.shape[1:]):
+    needed = needed_branches(guidance, progresses, len(cond))
+    idle = [name for name in extra if name not in needed]
+    if idle:
+        raise ValueError(
+            f"branches has {idle}, to which guidance gives no weight at any step: expected some of {needed}, "
+            "or weights for it, as in Guidance(branches.weak(2.0))"
+        )
+    groups: list[Group] = []
+    for name in needed:
+        own, condition = network, cond
+        if name == "uncond":
+            condition = _uncond(cond, uncond)
+        elif name != "cond":
+            if name not in extra:
+                raise ValueError(
+                    f"guidance needs the branch {name!r}: expected branches={{{name!r}: Branch(...)}}"
+                )
+            own, condition = _resolve(name, extra[name], network, cond)
+        group = next((group for group in groups if group.network is own), None)
+        if group is None:
+            groups.append(group := Group(own, {}))
+        group.conditions[name] = condition
+    return groups
+
+
+def _uncond(cond: Tensor, uncond: Tensor | None) -> Tensor:
+    if uncond is None:
+        raise ValueError(
+            "guidance needs an unconditional branch: expected a ConditionDropout with a "
+            "tensor as null condition, or uncond=, the null condition of the training"
+        )
+    return _one_or_each("uncond", uncond, cond)
+
+
+def _one_or_each(name: str, own: Tensor, cond: Tensor) -> Tensor:
+    if own.shape not in (cond.shape, cond.shape[1:]):
+        raise ValueError(
+            f"{name} has shape {tuple(own.shape)}, expected {tuple(cond.shape[1:])} "
+            f"or {tuple(cond.shape)}"
+        )
+    rows = own if own.shape == cond.shape else expand_null(own, 1)
+    return rows.to(cond.device)
+
+
+# what two models must agree in for their outputs to be mixed
+_KIND = ("num_tokens", "mask_token", "latent_shape", "space", "path", "order")
+
+
+def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any, Tensor]:
+    """The network and the condition of a branch."""
+    if not isinstance(branch, Branch):
+        raise ValueError(f"the branch {name!r} is {branch!r}, expected a Branch")
+    if branch.cond is None and branch.model is None:
+        raise ValueError(
+            f"the branch {name!r} has neither cond nor model, expected one: it would repeat 'cond'"
+        )
+    condition = (
+        cond
+        if branch.cond is None
+        else _one_or_each(f"cond of the branch {name!r}", branch.cond, cond)
+    )
+    if branch.model is None:
+        return network, condition
+    other, _ = network_and_null(branch.model, None)
+    # a hybrid's denoiser is its head
+    pairs = [(network, other), (getattr(network, "head", None), getattr(other, "head", None))]
+    for (own, foreign), attribute in itertools.product(pairs, _KIND):
+        ours, theirs = getattr(own, attribute, None), getattr(foreign, attribute, None)
+        if ours != theirs:
             raise ValueError(
-                f"uncond has shape {tuple(uncond.shape)}, expected {tuple(cond.shape[1:])} "
-                f"or {tuple(cond.shape)}"
+                f"the model of the branch {name!r} has {attribute} {theirs!r} and the guided one {ours!r}: expected a "
+                "model of the same kind, tokenizer and codebook"
             )
-        rows = uncond if uncond.shape == cond.shape else expand_null(uncond, 1)
-        conditions["uncond"] = rows.to(cond.device)
-    return conditions
+    return other, condition
 
 
 class WholeGridPass:
-    """A network that sees the whole sample at every step, called once a step for all branches it needs.
+    """Networks that see the whole sample at every step, called once a step for all branches that each of them runs.
 
-    The network is any callable ``network(x, cond, *rest)`` on rows. Where it has a method
+    A network is any callable ``network(x, cond, *rest)`` on rows. Where it has a method
     ``encode_condition(cond)``, the conditions go through that once per sampling, and the result takes the place of
     ``cond`` in every call; it must have a method ``rows(start, stop)``.
 
     Args:
-        network: the bare network.
-        cond: (B, ...).
-        uncond: one null condition (...), or (B, ...).
+        groups: see :func:`plan`.
         guidance: scale, schedule and mitigations.
-        progresses: of all steps.
-
-    Raises:
-        ValueError: if the conditions do not fit, or one is missing.
+        batch: B.
     """
 
-    def __init__(
-        self,
-        network: Callable[..., Tensor],
-        cond: Tensor,
-        uncond: Tensor | None,
-        guidance: Guidance,
-        progresses: Iterable[float],
-    ) -> None:
-        self.network, self.guidance, self.batch = network, guidance, len(cond)
-        needed = needed_branches(guidance, progresses, self.batch)
-        conditions = branch_conditions(cond, uncond, needed)
+    def __init__(self, groups: Sequence[Group], guidance: Guidance, batch: int) -> None:
+        self.groups, self.guidance, self.batch = groups, guidance, batch
+        self.encoded = [self._encode(group) for group in groups]
+
+    def _encode(self, group: Group) -> dict[tuple[str, ...], Any]:
+        """The conditions of every stretch of branches that a step may need."""
+        names = tuple(group.conditions)
         joint: Any = torch.cat(
-            [rows.expand(self.batch, *cond.shape[1:]) for rows in conditions.values()]
+            [rows.expand(self.batch, *rows.shape[1:]) for rows in group.conditions.values()]
         )
-        encode = getattr(network, "encode_condition", None)
+        encode = getattr(group.network, "encode_condition", None)
         joint = encode(joint) if encode is not None else joint
-        self.conditions: dict[tuple[str, ...], Any] = {needed: joint}
-        for i, name in enumerate(needed):
-            start, stop = i * self.batch, (i + 1) * self.batch
-            part = joint.rows(start, stop) if encode is not None else joint[start:stop]
-            self.conditions[(name,)] = part
+        parts: dict[tuple[str, ...], Any] = {names: joint}
+        for first in range(len(names)):
+            for last in range(first, len(names)):
+                start, stop = first * self.batch, (last + 1) * self.batch
+                part = joint.rows(start, stop) if encode is not None else joint[start:stop]
+                parts.setdefault(names[first : last + 1], part)
+        return parts
 
     def __call__(
         self, progress: float, step: str, x: Tensor, *rest: Tensor, level: Level | None = None
@@ -224,20 +354,22 @@ class WholeGridPass:
             level: of a denoiser, the noise level of x.
 
         Raises:
+            ValueError: if the outputs of two branches differ in shape.
             FloatingPointError: if an output holds NaN or +inf.
         """
-        return combine(self.guidance, progress, *self.branches(progress, x, *rest), step, level)
+        return combine(self.guidance, progress, self.branches(progress, x, *rest), step, level)
 
-    def branches(
-        self, progress: float, x: Tensor, *rest: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Outputs of the branches that ``progress`` needs, in one call; None for the other."""
+    def branches(self, progress: float, x: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed = self.guidance.branches_at(progress)
-        count = len(needed)
-        out = self.network(
-            torch.cat([x] * count),
-            self.conditions[needed],
-            *(torch.cat([value] * count) for value in rest),
-        )
-        parts = dict(zip(needed, out.split(self.batch), strict=True))
-        return parts.get("cond"), parts.get("uncond")
+        parts: dict[str, Tensor] = {}
+        for group, encoded in zip(self.groups, self.encoded, strict=True):
+            for names in group.runs(needed):
+                count = len(names)
+                out = group.network(
+                    torch.cat([x] * count),
+                    encoded[names],
+                    *(torch.cat([value] * count) for value in rest),
+                )
+                parts.update(zip(names, out.split(self.batch), strict=True))
+        return {name: parts[name] for name in needed}

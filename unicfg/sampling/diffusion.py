@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,12 @@ from unicfg.guidance.core import Guidance
 from unicfg.guidance.schedules import at_levels
 from unicfg.guidance.spaces import Level, Space, check_space
 from unicfg.sampling.branches import (
+    Branch,
     Guided,
     WholeGridPass,
     begin_guidance,
     network_and_null,
+    plan,
     progress_at,
 )
 from unicfg.sampling.paths import Path
@@ -48,6 +50,7 @@ def sample_diffusion(
     space: Space | None = None,
     guidance: Guidance | None = None,
     uncond: Tensor | None = None,
+    branches: Mapping[str, Branch] | None = None,
     steps: int = 50,
     solver: Solver = "ddim",
     spacing: Spacing = "uniform",
@@ -72,6 +75,7 @@ def sample_diffusion(
         guidance: scale, schedule and mitigations, each applied in its own space; None is ``Guidance(1.0)``.
         uncond: the null condition (...), or a negative condition a sample (B, ...). None takes the one that
             ``model`` was trained with.
+        branches: what runs in the branches that guidance names beside "cond" and "uncond".
         steps: intervals of the time grid.
         solver: "ddim" (first order), "heun" (second order, 2 * steps - 1 evaluations) or "dpmpp_2m" (second order,
             one evaluation a step); see :func:`integrate`.
@@ -115,9 +119,8 @@ def sample_diffusion(
         progresses = [progress_at(i, len(grid) - 1) for i in range(len(grid) - 1)]
         alpha, sigma = path.coefficients(grid[:-1])
         guidance = _at_levels(guidance, (sigma / alpha).tolist())
-        evaluate = _evaluation(
-            WholeGridPass(network, cond, uncond, guidance, progresses), path, space
-        )
+        groups = plan(network, cond, uncond, branches, guidance, progresses)
+        evaluate = _evaluation(WholeGridPass(groups, guidance, len(cond)), path, space)
         x = noise * path.coefficients(grid)[1][0]
         return integrate(
             evaluate, x, grid, path, space, solver, eta, sources, pin=pin, callback=callback
@@ -130,13 +133,15 @@ def sample_diffusion(
     scheduled = Scheduled(scheduler, check_steps(steps), path, space)
     progresses = [progress_at(i, len(scheduled.timesteps)) for i in range(len(scheduled.timesteps))]
     guidance = _at_levels(guidance, scheduled.ratios)
-    evaluate = _evaluation(WholeGridPass(network, cond, uncond, guidance, progresses), path, space)
+    groups = plan(network, cond, uncond, branches, guidance, progresses)
+    evaluate = _evaluation(WholeGridPass(groups, guidance, len(cond)), path, space)
     return scheduled.sample(evaluate, noise, sources, pin, callback)
 
 
 def _at_levels(guidance: Guidance, ratios: Sequence[float]) -> Guidance:
     """The guidance with schedules in noise levels as schedules in progress."""
-    return replace(guidance, scale=at_levels(guidance.scale, ratios))
+    scale: Any = at_levels(guidance.scale, ratios)  # type: ignore[arg-type]  # weights are nested schedules to it
+    return replace(guidance, scale=scale)
 
 
 def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluate:

@@ -7,8 +7,8 @@ each sample (Li et al., arXiv 2406.11838, sections 3.3 and 3.4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -18,13 +18,14 @@ from unicfg.guidance.core import Guidance, Scale, guide
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.autoregressive import CachedBranches
 from unicfg.sampling.branches import (
+    Branch,
+    Group,
     Guided,
     WholeGridPass,
     begin_guidance,
-    branch_conditions,
     combine,
-    needed_branches,
     network_and_null,
+    plan,
     progress_at,
     require,
 )
@@ -42,6 +43,7 @@ from unicfg.sampling.solvers import (
 )
 from unicfg.training.dropout import ConditionDropout
 
+Denoise = Callable[[Tensor], Tensor]
 GuideAt = Literal["head", "states", "both"]
 PASSES = 16
 GUIDE_AT: tuple[GuideAt, ...] = get_args(GuideAt)
@@ -84,8 +86,7 @@ class LatentStep:
         scale: s at this step: a float or (B,).
         latents: (B, L, C); 0 where not drawn yet.
         known: bool (B, L), True where drawn.
-        cond_state: conditional hidden states of the tokens just drawn (B, k, D); None where not needed.
-        uncond_state: unconditional ones; None where not needed.
+        states: hidden states of the tokens just drawn (B, k, D), of each branch that the step needed.
     """
 
     index: int
@@ -93,8 +94,17 @@ class LatentStep:
     scale: Scale
     latents: Tensor
     known: Tensor
-    cond_state: Tensor | None
-    uncond_state: Tensor | None
+    states: Mapping[str, Tensor]
+
+    @property
+    def cond_state(self) -> Tensor | None:
+        """Conditional hidden states (B, k, D); None where not needed."""
+        return self.states.get("cond")
+
+    @property
+    def uncond_state(self) -> Tensor | None:
+        """Unconditional hidden states (B, k, D); None where not needed."""
+        return self.states.get("uncond")
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
@@ -105,6 +115,7 @@ def sample_hybrid(
     seeds: Sequence[int],
     guidance: Guidance | None = None,
     uncond: Tensor | None = None,
+    branches: Mapping[str, Branch] | None = None,
     guide_at: GuideAt = "head",
     steps: int = 20,
     passes: int | None = None,
@@ -122,6 +133,7 @@ def sample_hybrid(
         guidance: scale, schedule over the tokens, and mitigations; None is ``Guidance(1.0)``.
         uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
             ``model`` was trained with.
+        branches: what runs in the branches that guidance names beside "cond" and "uncond".
         guide_at: what is extrapolated. "head": the head's predictions with the conditional and the unconditional
             state, on the same noise, in one pass of both halves. "states": the hidden states; the head then runs
             once. "both": the head, with the extrapolated state as the conditional one.
@@ -159,29 +171,38 @@ def sample_hybrid(
     check_solver(solver, 0.0)
     passes = _check_passes(passes, network.order)
     times = time_grid(network.head.path, steps, spacing)
-    prepared = network.head.prepare(times[:-1].to(cond.device))  # nothing is evaluated at the end
-    levels = list(zip(*network.head.path.coefficients(times), strict=True))
-    head = _Head(network.head, prepared, guidance, guide_at, solver, times, levels)
     batch, length = len(cond), network.num_tokens
     sources = generators(check_seeds(seeds, batch))
     (channels,) = network.head.latent_shape
     noise = temperature * normal(sources, (length, channels)).to(cond.device)
     latents = torch.zeros_like(noise)
     known = torch.zeros(batch, length, dtype=torch.bool, device=cond.device)
-    if network.order == "causal":
-        turns = _causal_turns(network, cond, uncond, guidance, latents)
+    causal = network.order == "causal"
+    edges = list(range(length + 1)) if causal else _edges(length, passes)
+    progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
+    groups = plan(network, cond, uncond, branches, guidance, progresses)
+    if guide_at != "head" and len(groups) > 1:
+        raise ValueError(
+            f"guide_at is {guide_at!r} with branches of another model, whose hidden states mean something else: "
+            "expected 'head'"
+        )
+    # nothing is evaluated at the end
+    heads = [(group, group.network.head.prepare(times[:-1].to(cond.device))) for group in groups]
+    levels = list(zip(*network.head.path.coefficients(times), strict=True))
+    head = _Head(network.head, heads, guidance, guide_at, solver, times, levels)
+    if causal:
+        turns = _causal_turns(groups, guidance, progresses, latents)
     else:
-        turns = _masked_turns(network, cond, uncond, guidance, latents, known, passes, sources)
+        turns = _masked_turns(groups, guidance, progresses, latents, known, edges, sources)
     for turn in turns:
         drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
         latents.scatter_(1, _wide(turn.places, channels), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
             scale = guidance.scale_at(turn.progress)
-            states = (turn.cond_state, turn.uncond_state)
             callback(
                 LatentStep(
-                    turn.index, turn.progress, scale, latents.clone(), known.clone(), *states
+                    turn.index, turn.progress, scale, latents.clone(), known.clone(), turn.states
                 )
             )
     return latents
@@ -197,56 +218,57 @@ def _check_passes(passes: int | None, order: str) -> int:
     return check_steps(passes, "passes")
 
 
+def _edges(length: int, passes: int) -> list[int]:
+    """How many tokens are known before each pass of the masked order, and at the end."""
+    counts = reveal_counts(torch.tensor([length]), min(passes, length), "cosine")
+    return [0, *torch.cat(counts).cumsum(0).tolist()]
+
+
 @dataclass(frozen=True)
 class _Turn:
-    """The tokens to draw next: their places (B, k) and hidden states (B, k, D) in each needed branch."""
+    """The tokens to draw next: their places (B, k), and hidden states (B, k, D) in each needed branch."""
 
     index: int
     progress: float
     places: Tensor
-    cond_state: Tensor | None
-    uncond_state: Tensor | None
+    states: dict[str, Tensor]
 
 
 def _causal_turns(
-    network: Any, cond: Tensor, uncond: Tensor | None, guidance: Guidance, latents: Tensor
+    groups: Sequence[Group], guidance: Guidance, progresses: Sequence[float], latents: Tensor
 ) -> Iterator[_Turn]:
     """One token after another; ``latents`` (B, L, C) are filled in between by the caller."""
-    batch, length, _ = latents.shape
-    progresses = [progress_at(index, length) for index in range(length)]
-    needed = needed_branches(guidance, progresses, batch)
-    branches = CachedBranches(network, branch_conditions(cond, uncond, needed), batch)
+    batch = len(latents)
+    run = CachedBranches(groups, batch)
     for index, progress in enumerate(progresses):
-        states = branches(latents[:, :index], guidance.branches_at(progress))
-        places = torch.full((batch, 1), index, device=cond.device)
-        yield _Turn(index, progress, places, *(None if s is None else s[:, None] for s in states))
+        states = run(latents[:, :index], guidance.branches_at(progress))
+        places = torch.full((batch, 1), index, device=latents.device)
+        yield _Turn(index, progress, places, {name: s[:, None] for name, s in states.items()})
 
 
 def _masked_turns(
-    network: Any,
-    cond: Tensor,
-    uncond: Tensor | None,
+    groups: Sequence[Group],
     guidance: Guidance,
+    progresses: Sequence[float],
     latents: Tensor,
     known: Tensor,
-    passes: int,
+    edges: Sequence[int],
     sources: Sequence[torch.Generator],
 ) -> Iterator[_Turn]:
     """Sets of tokens in a random order of each sample."""
-    length = latents.shape[1]
+    batch, length, _ = latents.shape
     orders = torch.stack([torch.randperm(length, generator=source) for source in sources])
-    orders = orders.to(cond.device)
-    counts = reveal_counts(torch.tensor([length]), min(passes, length), "cosine")
-    edges = [0, *torch.cat(counts).cumsum(0).tolist()]
-    progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
-    run = WholeGridPass(_States(network), cond, uncond, guidance, progresses)
+    orders = orders.to(latents.device)
+    of_states = [Group(_States(group.network), group.conditions) for group in groups]
+    run = WholeGridPass(of_states, guidance, batch)
     for index, progress in enumerate(progresses):
         places = orders[:, edges[index] : edges[index + 1]]
         states = run.branches(progress, latents, known)
-        chosen = [
-            None if s is None else torch.gather(s, 1, _wide(places, s.shape[2])) for s in states
-        ]
-        yield _Turn(index, progress, places, *chosen)
+        chosen = {
+            name: torch.gather(state, 1, _wide(places, state.shape[2]))
+            for name, state in states.items()
+        }
+        yield _Turn(index, progress, places, chosen)
 
 
 @dataclass(frozen=True)
@@ -267,8 +289,8 @@ class _States:
 class _Head:
     """Draws the latents of one turn from their hidden states and noise."""
 
-    network: Any
-    prepared: Callable[[Tensor], Sequence[Callable[[Tensor], Tensor]]]
+    denoiser: Any
+    heads: Sequence[tuple[Group, Callable[[Tensor], Sequence[Denoise]]]]
     guidance: Guidance
     guide_at: GuideAt
     solver: Solver
@@ -278,42 +300,43 @@ class _Head:
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
         """Latents (B, k, C) for noise (B, k, C)."""
         # the schedule runs over the tokens, so within one token the scale stands still
-        scale = self.guidance.scale_at(turn.progress)
-        guidance = Guidance(scale, self.guidance.mitigations)
-        cond_state, uncond_state = turn.cond_state, turn.uncond_state
+        guidance = self.guidance.fixed_at(turn.progress)
+        scale, states = guidance.scale_at(0.0), turn.states
         if self.guide_at != "head":
             # mitigations are for predictions; hidden states have no space
-            plain, name = Guidance(scale), f"token {turn.index}"
-            extrapolated = combine(plain, turn.progress, cond_state, uncond_state, name)
-            cond_state = extrapolated.out
+            plain = replace(guidance, mitigations=())
+            extrapolated = combine(plain, 0.0, states, f"token {turn.index}").out
+            states = {**states, "cond": extrapolated}
             if self.guide_at == "states":
                 guidance = Guidance(1.0)
-        states = {"cond": cond_state, "uncond": uncond_state}
         needed = guidance.branches_at(0.0)
-        rows = [state for name, state in states.items() if name in needed and state is not None]
-        denoisers = self.prepared(torch.cat(rows))
-        path, space = self.network.path, self.network.space
-        on_device = scale.to(noise.device) if isinstance(scale, Tensor) else scale
+        passes = []
+        for group, prepared in self.heads:
+            names = [name for name in group.conditions if name in needed]
+            if names:
+                passes.append((names, prepared(torch.cat([states[name] for name in names]))))
+        path, space = self.denoiser.path, self.denoiser.space
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
+        plain_scale = _plain_scale(running, needed, noise.device)
 
         def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
-            # called for every step of every token: the common cases take the shortest way
-            if len(rows) == 1:
-                out = denoisers[index](x)
-                guided = Guided(out, scale, *((out, None) if needed == ("cond",) else (None, out)))
-                require_finite(guided, f"step {index}")
+            # called for every step of every token: the common case takes the shortest way
+            if plain_scale is not None:
+                both = passes[0][1][index](torch.cat([x, x]))
+                cond_out, uncond_out = both.chunk(2)
+                out = guide(cond_out, uncond_out, plain_scale)
+                guided = Guided(out, scale, {"cond": cond_out, "uncond": uncond_out})
+                if not is_finite(both):  # the formula alone makes finite of finite
+                    require_finite(guided, f"step {index}")
                 return guided
-            outs = denoisers[index](torch.cat([x, x]))
-            cond_out, uncond_out = outs.chunk(2)
-            if running.mitigations:
-                level = Level(x, *self.levels[index], space)
-                out = running.combine(progress, cond_out, uncond_out, level)
-            else:
-                out = guide(cond_out, uncond_out, on_device)
-            guided = Guided(out, scale, cond_out, uncond_out)
-            # the formula alone makes finite of finite
-            if running.mitigations or not is_finite(outs):
-                require_finite(guided, f"step {index}")
+            outputs: dict[str, Tensor] = {}
+            for names, denoisers in passes:
+                rows = denoisers[index](torch.cat([x] * len(names)))
+                outputs.update(zip(names, rows.chunk(len(names)), strict=True))
+            level = Level(x, *self.levels[index], space) if running.mitigations else None
+            out = running.combine_branches(progress, outputs, level)
+            guided = Guided(out, scale, outputs)
+            require_finite(guided, f"step {index}")
             return guided
 
         x = noise * path.coefficients(self.times)[1][0]
@@ -321,6 +344,16 @@ class _Head:
             return integrate(evaluate, x, self.times, path, space, self.solver)
         except FloatingPointError as error:
             raise FloatingPointError(f"token {turn.index}: {error}") from None
+
+
+def _plain_scale(guidance: Guidance, needed: tuple[str, ...], device: torch.device) -> Scale | None:
+    """The scale where guidance is the formula and nothing else, of both branches in one pass."""
+    scale = guidance.scale
+    if guidance.mitigations or needed != ("cond", "uncond"):
+        return None
+    if isinstance(scale, Tensor):
+        return scale.to(device)
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def _wide(places: Tensor, width: int) -> Tensor:

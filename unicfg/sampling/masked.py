@@ -7,7 +7,7 @@ confident of; the others are masked again. The guided distribution serves both: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale
-from unicfg.sampling.branches import WholeGridPass, begin_guidance, network_and_null, require
+from unicfg.sampling.branches import (
+    Branch,
+    WholeGridPass,
+    begin_guidance,
+    network_and_null,
+    plan,
+    require,
+)
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.solvers import check_steps
 from unicfg.sampling.tokens import TokenFilter, draw
@@ -54,8 +61,7 @@ class UnmaskingStep:
         scale: s at this step: a float or (B,).
         ids: tokens (B, L); ``mask_token`` where still unknown.
         guided: guided logits (B, L, V).
-        cond_out: conditional logits (B, L, V); None where the step did not need them.
-        uncond_out: unconditional logits (B, L, V); None where the step did not need them.
+        outputs: logits (B, L, V) of each branch that the step needed.
     """
 
     index: int
@@ -63,8 +69,17 @@ class UnmaskingStep:
     scale: Scale
     ids: Tensor
     guided: Tensor
-    cond_out: Tensor | None
-    uncond_out: Tensor | None
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def cond_out(self) -> Tensor | None:
+        """Conditional logits (B, L, V); None where the step did not need them."""
+        return self.outputs.get("cond")
+
+    @property
+    def uncond_out(self) -> Tensor | None:
+        """Unconditional logits (B, L, V); None where the step did not need them."""
+        return self.outputs.get("uncond")
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards
@@ -75,6 +90,7 @@ def sample_masked(
     seeds: Sequence[int],
     guidance: Guidance | None = None,
     uncond: Tensor | None = None,
+    branches: Mapping[str, Branch] | None = None,
     steps: int = 12,
     reveal: Reveal = "cosine",
     temperature: float = 1.0,
@@ -94,6 +110,7 @@ def sample_masked(
         guidance: scale, schedule and mitigations; None is ``Guidance(1.0)``, the conditional model.
         uncond: the null condition (T,), or a negative condition a sample (B, T). None takes the one that
             ``model`` was trained with.
+        branches: what runs in the branches that guidance names beside "cond" and "uncond".
         steps: of the schedule; more than L count as L. A step in which no sample has a token to reveal runs no
             pass, so a sample alone takes no more passes than it has masked tokens.
         reveal: how many tokens are still masked after a share r of the steps: "cosine" cos(pi r / 2), "linear" 1 - r
@@ -138,7 +155,8 @@ def sample_masked(
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     progresses = [share / max(shares[-1], 1e-12) for share in shares]
     passes = [progress for progress, runs in zip(progresses, busy, strict=True) if runs]
-    run = WholeGridPass(network, cond, uncond, guidance, passes)
+    groups = plan(network, cond, uncond, branches, guidance, passes)
+    run = WholeGridPass(groups, guidance, batch)
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
@@ -160,17 +178,7 @@ def sample_masked(
         ids = torch.where(kept, drawn, ids)
         masked = masked & ~kept
         if callback is not None:
-            callback(
-                UnmaskingStep(
-                    index,
-                    progress,
-                    guided.scale,
-                    ids,
-                    guided.out,
-                    guided.cond_out,
-                    guided.uncond_out,
-                )
-            )
+            callback(UnmaskingStep(index, progress, guided.scale, ids, guided.out, guided.outputs))
     return ids
 
 

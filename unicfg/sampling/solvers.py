@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,8 +57,7 @@ class DenoisingStep:
         x: the noisy latents that the model saw (B, *shape).
         x0: the clean latents that the guided output stands for (B, *shape).
         guided: the guided output (B, *shape), in the model's space.
-        cond_out: conditional output (B, *shape); None where the step did not need it.
-        uncond_out: unconditional output (B, *shape); None where the step did not need it.
+        outputs: of each branch that the step needed (B, *shape).
     """
 
     index: int
@@ -68,8 +67,17 @@ class DenoisingStep:
     x: Tensor
     x0: Tensor
     guided: Tensor
-    cond_out: Tensor | None
-    uncond_out: Tensor | None
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def cond_out(self) -> Tensor | None:
+        """Conditional output (B, *shape); None where the step did not need it."""
+        return self.outputs.get("cond")
+
+    @property
+    def uncond_out(self) -> Tensor | None:
+        """Unconditional output (B, *shape); None where the step did not need it."""
+        return self.outputs.get("uncond")
 
 
 Callback = Callable[[DenoisingStep], None]
@@ -322,10 +330,9 @@ def require_finite(guided: Guided, step: str) -> None:
         FloatingPointError: if an output is not finite.
     """
     # the branches, not the result: guidance saturates +inf and takes -inf for a mask
-    outputs = {"cond": guided.cond_out, "uncond": guided.uncond_out}
-    broken = [name for name, out in outputs.items() if out is not None and not is_finite(out)]
+    broken = [name for name, out in guided.outputs.items() if not is_finite(out)]
     if not broken and not is_finite(guided.out):
-        broken = ["cond and uncond, combined"]
+        broken = [" and ".join(guided.outputs) + ", combined"]
     if broken:
         raise FloatingPointError(
             f"the model's output is not finite at {step}, in the branches {broken}"
@@ -348,8 +355,7 @@ def report_step(index: int, progress: float, t: float, now: Prediction) -> Denoi
         now.x,
         now.x0,
         guided.out,
-        guided.cond_out,
-        guided.uncond_out,
+        guided.outputs,
     )
 
 
