@@ -1,5 +1,6 @@
-"""What a test of guidance can be held against: toys whose distributions are known exactly. Imports torch only."""
+"""What guidance can be held against: toys whose distributions are known, and checks. Imports torch only."""
 
+from unicfg.testing.conformance import CHECKS, Report, Subject, check, of_guidance, stateless
 from unicfg.testing.oracles import (
     GaussianMixture,
     LabelRows,
@@ -11,11 +12,17 @@ from unicfg.testing.oracles import (
 )
 
 __all__ = [
+    "CHECKS",
     "GaussianMixture",
     "LabelRows",
     "MarkovChain",
     "MaskedTable",
+    "Report",
+    "Subject",
     "all_sequences",
+    "check",
+    "of_guidance",
     "sequence_index",
     "sharpen",
+    "stateless",
 ]
