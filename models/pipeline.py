@@ -382,7 +382,7 @@ class TextToImage:
                 or one each; another pipeline of the same family, tokenizer and text, as the weak model; or a ``Branch``.
             steps: masked: passes over the tokens; diffusion and flow: denoising steps; hybrid: steps of the head for
                 each token. None is ``STEPS`` of the family.
-            solver: diffusion, flow, hybrid: "ddim", "heun" or "dpmpp_2m".
+            solver: diffusion, flow, hybrid: "ddim", "heun", "dpmpp_2m" or "cfg_pp".
             scheduler: diffusion, flow: a scheduler of diffusers in place of a solver.
             reveal: masked: "cosine", "linear", "arccos" or "halton". The last, a fixed order, is the default here: the others
                 keep the most confident tokens, which sharpens the distribution by itself.

@@ -11,11 +11,19 @@ from test_families import COND, close, draw
 from tiny import CAPTIONS, network, pipeline, wrapped
 
 from models.perturb import perturb_attention, skip_layers
-from unicfg import Branch, ConditionDropout, Guidance, guide, sample_autoregressive
+from unicfg import (
+    Branch,
+    ConditionDropout,
+    Guidance,
+    guide,
+    sample_autoregressive,
+    sample_diffusion,
+)
 from unicfg.guidance import branches as b
 from unicfg.guidance import mitigations, schedules
 from unicfg.guidance.core import mix
 from unicfg.guidance.spaces import convert
+from unicfg.sampling import cosine
 from unicfg.sampling.branches import Group
 from unicfg.testing import MarkovChain
 from unicfg.training.recipe import FAMILIES
@@ -365,6 +373,68 @@ def test_guidance_by_a_weak_chain_draws_its_analytic_conditionals():
     assert chi_square < 26.1  # 8 degrees of freedom, 0.1 %
 
 
+# --- CFG++ ---
+
+
+@pytest.mark.parametrize("space", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("s", [0.0, 0.6, 1.0])
+def test_cfg_pp_is_its_papers_loop_in_every_space(space, s):
+    """Algorithm 2 of arXiv 2406.08070 for an eps model, whose outputs are given to the sampler in ``space``."""
+    path, times = cosine(), torch.linspace(0.9, 0.0, 6, dtype=torch.float64)
+
+    def eps_model(x, cond):
+        return torch.tanh(x + cond) - 0.3 * x
+
+    def model(x, cond, t):
+        alpha, sigma = path.coefficients(t.double()[:, None])
+        out = eps_model(x.double(), cond)
+        return convert(out, x.double(), alpha, sigma, "eps", space).float()
+
+    cond, null = torch.ones(2, 1), torch.zeros(1)
+    got = sample_diffusion(
+        model,
+        cond,
+        uncond=null,
+        seeds=[0, 1],
+        shape=(3,),
+        path=path,
+        space=space,
+        guidance=Guidance(b.cfg_pp(s)),
+        solver="cfg_pp",
+        times=times,
+    )
+    start = []
+    sample_diffusion(
+        model,
+        cond,
+        seeds=[0, 1],
+        shape=(3,),
+        path=path,
+        space=space,
+        times=times,
+        callback=lambda step: start.append(step.x),
+    )
+    x = start[0].double()
+    alpha, sigma = path.coefficients(times)
+    for i in range(5):
+        c, u = eps_model(x, cond), eps_model(x, 0 * cond)
+        x0 = (x - sigma[i] * (u + s * (c - u))) / alpha[i]
+        x = alpha[i + 1] * x0 + sigma[i + 1] * u
+    torch.testing.assert_close(got.double(), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow", "hybrid", "hybrid masked"])
+def test_cfg_pp_in_the_samplers(kind):
+    model = wrapped(kind)
+    got = draw(kind, model, guidance=Guidance(b.cfg_pp(1.0)), solver="cfg_pp")
+    assert not close(got, draw(kind, model, solver="ddim"))
+    # without the other way of renoising it is plain guidance
+    plain = draw(kind, model, guidance=Guidance(b.cfg_pp(3.0)), solver="ddim")
+    assert close(plain, draw(kind, model, guidance=Guidance(3.0), solver="ddim"))
+    with pytest.raises(ValueError, match="has no unconditional output, expected Guidance"):
+        draw(kind, model, solver="cfg_pp")
+
+
 # --- networks made worse ---
 
 
@@ -455,6 +525,6 @@ def test_a_branch_of_the_pipeline_that_does_not_fit_is_refused(branch, message):
 @pytest.mark.parametrize("module", [b, mitigations, schedules])
 def test_the_catalogue_lists_all_there_is(module):
     text = (Path(__file__).parents[1] / "docs/catalogue.md").read_text()
-    not_methods = {"Weights", "PerpNeg", "weights", "at_levels"}
+    not_methods = {"Weights", "PerpNeg", "BothBranches", "weights", "at_levels"}
     missing = [name for name in module.__all__ if f"`{name}" not in text]
     assert set(missing) <= not_methods

@@ -709,7 +709,7 @@ def test_masks_of_every_shape():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "euler"}, "solver is 'euler', expected one of ddim, heun, dpmpp_2m"),
+        ({"solver": "euler"}, "solver is 'euler', expected one of ddim, heun, dpmpp_2m, cfg_pp"),
         ({"spacing": "log"}, "spacing is 'log', expected one of uniform, karras"),
         ({"space": "noise"}, "space is 'noise': the model predicts v, not noise"),
         ({"space": "eps"}, "space is 'eps': the model predicts v, not eps"),

@@ -20,11 +20,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unicfg.guidance.core import Scale, Schedule, mix, to_dtype
+from unicfg.guidance.core import Scale, Schedule, guide, mix, to_dtype
 
 __all__ = [
+    "BothBranches",
     "PerpNeg",
     "Weights",
+    "cfg_pp",
     "composed",
     "context_aware",
     "dexperts",
@@ -189,6 +191,44 @@ def context_aware(alpha: Strength = 0.5) -> Weights:
     Branches: cond, uncond.
     """
     return weights(cond=_sum(1.0, (1.0, alpha)), uncond=_sum(0.0, (-1.0, alpha)))
+
+
+@dataclass(frozen=True)
+class BothBranches:
+    """Plain guidance that runs both branches at every scale; :func:`cfg_pp` makes it.
+
+    Attributes:
+        s: the scale.
+    """
+
+    s: Strength
+
+    def scale_at(self, progress: float) -> Scale:
+        """The scale."""
+        return _at(self.s, progress)
+
+    def branches_at(self, progress: float) -> tuple[str, ...]:
+        """Both."""
+        return ("cond", "uncond")
+
+    def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
+        """The formula."""
+        return guide(outputs["cond"], outputs["uncond"], _at(self.s, progress))
+
+    def fixed_at(self, progress: float) -> BothBranches:
+        """The same with the scale that it has at ``progress``."""
+        return replace(self, s=_at(self.s, progress))
+
+
+def cfg_pp(s: Strength = 0.6) -> BothBranches:
+    """CFG++, together with ``solver="cfg_pp"``: x0 is guided, and the noise that is added back is unconditional.
+
+    Chung et al., arXiv 2406.08070, where s is lambda in [0, 1]; 0.6 is about as strong as a scale of 7.5. The solver
+    needs the unconditional output also where s is 1.
+
+    Branches: cond, uncond.
+    """
+    return BothBranches(s)
 
 
 @dataclass(frozen=True)

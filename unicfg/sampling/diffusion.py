@@ -78,7 +78,8 @@ def sample_diffusion(
         branches: what runs in the branches that guidance names beside "cond" and "uncond".
         steps: intervals of the time grid.
         solver: "ddim" (first order), "heun" (second order, 2 * steps - 1 evaluations) or "dpmpp_2m" (second order,
-            one evaluation a step); see :func:`integrate`.
+            one evaluation a step), or "cfg_pp" (DDIM that renoises with the unconditional output, for
+            ``Guidance(branches.cfg_pp(0.6))``); see :func:`integrate`.
         spacing: "uniform" in t from 1 to 0, or "karras" (arXiv 2206.00364, equation 5, in sigma / alpha, rho 7).
         shift: of a uniform grid towards the noise, > 0 (Esser et al., arXiv 2403.03206, equation 23).
         eta: fresh noise in each step of "ddim", from 0 (none) to 1 (ancestral sampling).

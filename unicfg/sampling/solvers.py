@@ -34,7 +34,7 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.paths import Path, shift_time
 from unicfg.sampling.randomness import normal
 
-Solver = Literal["ddim", "heun", "dpmpp_2m"]
+Solver = Literal["ddim", "heun", "dpmpp_2m", "cfg_pp"]
 Spacing = Literal["uniform", "karras"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -109,7 +109,7 @@ def integrate(
         times: float64 (N + 1,), falling, in [0, 1].
         path: gives alpha and sigma at each time.
         space: of the guided outputs.
-        solver: "ddim", "heun" or "dpmpp_2m".
+        solver: "ddim", "heun", "dpmpp_2m" or "cfg_pp".
         eta: fresh noise of "ddim", from 0 to 1.
         sources: one generator a row, used where eta > 0.
         pin: ``(x, alpha, sigma) -> x``, applied before every evaluation and at the end: holds a known region.
@@ -135,6 +135,8 @@ def integrate(
             x = _heun(walk, i, now)
         elif solver == "dpmpp_2m":
             x = _dpmpp_2m(walk, i, now, before)
+        elif solver == "cfg_pp":
+            x = _cfg_pp(walk, i, now)
         else:
             x = _ddim(walk, i, now, eta, sources)
         before = now
@@ -274,6 +276,26 @@ def _dpmpp_2m(walk: _Walk, i: int, now: Prediction, before: Prediction | None) -
     step_before = walk.log_ratio(i) - walk.log_ratio(i - 1)  # infinite after a start at alpha = 0
     x0 = now.x0 + (now.x0 - before.x0) * (step / (2 * step_before))
     return alpha * x0 + sigma * (now.x - walk.alpha[i] * x0) / walk.sigma[i]
+
+
+def _cfg_pp(walk: _Walk, i: int, now: Prediction) -> Tensor:
+    """One step of CFG++ (Chung et al., arXiv 2406.08070, algorithm 2).
+
+    The step formula with x0 of the guided output and the noise of the unconditional one: what is added back was not
+    extrapolated, so that the next x stays where noisy samples are.
+
+    Raises:
+        ValueError: if there is no unconditional output.
+    """
+    uncond_out = now.guided.outputs.get("uncond")
+    if uncond_out is None:
+        raise ValueError(
+            f"solver is 'cfg_pp' and step {i} has no unconditional output, expected "
+            "Guidance(branches.cfg_pp(0.6)), which runs it at every step"
+        )
+    alpha, sigma = walk.alpha[i], walk.sigma[i]
+    _, noise = split_unchecked(uncond_out.to(now.x.dtype), now.x, alpha, sigma, now.space)
+    return walk.alpha[i + 1] * now.x0 + walk.sigma[i + 1] * noise
 
 
 def time_grid(
