@@ -2,6 +2,7 @@
 
 from unicfg.sampling.autoregressive import TokenStep, Uncached, sample_autoregressive
 from unicfg.sampling.branches import Branch
+from unicfg.sampling.classifier import ClassifierDenoiser, ClassifierTokens
 from unicfg.sampling.diffusion import sample_diffusion
 from unicfg.sampling.hybrid import LatentStep, sample_hybrid
 from unicfg.sampling.masked import UnmaskingStep, sample_masked
@@ -11,6 +12,8 @@ from unicfg.sampling.tokens import TokenFilter
 
 __all__ = [
     "Branch",
+    "ClassifierDenoiser",
+    "ClassifierTokens",
     "DenoisingStep",
     "LatentStep",
     "TokenFilter",
