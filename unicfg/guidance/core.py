@@ -429,6 +429,8 @@ def _mitigate(
             f"level is None, expected the noise level of the outputs: the mitigation {_name(mitigation)} works on "
             f"{space} predictions"
         )
+    if level.leaves_open(space):
+        return guided  # the outputs do not differ there, so there is nothing to rein in
     outputs = (level.to_space(out, space) for out in (guided, cond_out, uncond_out))
     return level.from_space(mitigation(*outputs), space)
 

@@ -43,6 +43,14 @@ class Level:
         """A prediction of the model in another space."""
         return convert(out, self.x, self.alpha, self.sigma, self.space, space)
 
+    def leaves_open(self, space: Space) -> bool:
+        """Whether a prediction in ``space`` says nothing here: eps and score in pure noise, x0 in none.
+
+        All predictions are alike there, whatever the model thinks.
+        """
+        level = {"eps": self.alpha, "score": self.alpha, "x0": self.sigma}.get(space)
+        return level is not None and bool((level == 0).any())
+
     def from_space(self, out: Tensor, space: Space) -> Tensor:
         """What the model would have had to predict for ``out`` in another space."""
         return convert(out, self.x, self.alpha, self.sigma, space, self.space)
