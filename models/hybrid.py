@@ -51,7 +51,7 @@ class DiffusionHead(nn.Module):
         channels: int,
         condition_width: int,
         width: int = 256,
-        depth: int = 3,
+        depth: int = 2,
         path: str = "straight",
         space: str = "flow",
     ) -> None:
@@ -157,8 +157,8 @@ class HybridTransformerConfig(BodyConfig):
 
     latent_channels: int = 4  # C
     order: Literal["causal", "masked"] = "causal"  # one token after another, or sets in any order
-    head_width: int = 128
-    head_depth: int = 3
+    head_width: int = 256
+    head_depth: int = 2
     path: str = "straight"  # cosine and eps are what the paper has
     space: str = "flow"
 

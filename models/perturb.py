@@ -77,8 +77,12 @@ def _with_blocks(network: Network, layers: Sequence[int], kind: type[Block]) -> 
             f"network is a {type(network).__name__}, expected a bare network of this library, as in pipe.network"
         )
     depth = len(body.blocks)
-    if not layers or any(not -depth <= layer < depth for layer in layers):
-        raise ValueError(f"layers is {list(layers)}, expected some of 0 to {depth - 1}")
+    if (
+        not isinstance(layers, Sequence)
+        or not layers
+        or any(not -depth <= layer < depth for layer in layers)
+    ):
+        raise ValueError(f"layers is {layers!r}, expected a list of some of 0 to {depth - 1}")
     chosen = {layer % depth for layer in layers}
     blocks = nn.ModuleList(
         _as_kind(block, kind) if i in chosen else block for i, block in enumerate(body.blocks)

@@ -235,7 +235,8 @@ class TextToImage:
         if isinstance(own, str):
             return Branch(cond=self.encode_prompts([own])[0])
         if not isinstance(own, TextToImage):
-            if len(own) != len(prompts) or not all(isinstance(text, str) for text in own):
+            listed = isinstance(own, Sequence) and all(isinstance(text, str) for text in own)
+            if not listed or len(own) != len(prompts):
                 raise ValueError(
                     f"the branch {name!r} is {own!r}, expected a text, {len(prompts)} texts, a pipeline or a Branch"
                 )

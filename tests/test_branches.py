@@ -22,7 +22,7 @@ from unicfg import (
 from unicfg.guidance import branches as b
 from unicfg.guidance import mitigations, schedules
 from unicfg.guidance.core import mix
-from unicfg.guidance.spaces import convert
+from unicfg.guidance.spaces import Level, convert
 from unicfg.sampling import cosine
 from unicfg.sampling.branches import Group
 from unicfg.testing import MarkovChain
@@ -92,6 +92,26 @@ def test_weights_commute_with_a_change_of_space():
     )
 
 
+def test_a_sample_without_weight_on_the_first_output_has_the_mask_of_the_next():
+    c, u, n = (
+        torch.tensor([row] * 2) for row in ([1.0, -math.inf, 2], [-math.inf, 5, 0], [0.0] * 3)
+    )
+    mixed = mix(
+        [c, u, n], [torch.tensor([0.0, 3.0]), torch.tensor([1.0, -1.0]), torch.zeros(2) - 1]
+    )
+    alone = mix([c[:1], u[:1], n[:1]], [torch.zeros(1), torch.ones(1), torch.zeros(1) - 1])
+    assert torch.equal(mixed[:1], alone)
+    assert mixed[0].isneginf().tolist() == [True, False, False]
+    assert mixed[1].isneginf().tolist() == [False, True, False]
+
+
+def test_masks_of_the_lowest_number_make_no_nan():
+    lowest = torch.finfo(torch.float32).min
+    c, e, a = (torch.tensor([[x, 0.0, 1.0]]) for x in (0.0, lowest, lowest))
+    out = Guidance(b.dexperts(3.2)).combine_branches(0.0, {"cond": c, "expert": e, "antiexpert": a})
+    assert out.isfinite().all()
+
+
 # --- the methods ---
 
 C, U, N = (out.double() for out in outs(3, seed=1))
@@ -159,12 +179,104 @@ def test_perp_neg_takes_away_only_what_is_across():
     torch.testing.assert_close(flat, u - 1.5 * (n - u), atol=1e-5, rtol=1e-5)
 
 
+def test_rounding_leaves_no_branch_behind():
+    for s in (1.1, 1.2, 1.3, 1.4):
+        assert Guidance(b.negative(s, s - 1)).branches_at(0.0) == ("cond", "negative")
+    half = torch.tensor([7.3, 3.1], dtype=torch.bfloat16)
+    assert b.negative(half, 0.1).branches_at(0.0) == ("cond", "uncond", "negative")
+    ramp = b.nested(schedules.linear(1, 3), schedules.linear(2, 1))
+    assert ramp.at(0.5) == pytest.approx({"cond": 3.0, "image": -1.0, "uncond": -1.0})
+
+
+def test_a_mitigation_sees_the_guided_output_on_a_line_with_more_branches_too():
+    """A spy that would need g = r + w (c - r) to read the strength back, as some of them do."""
+    seen = []
+
+    def spy(guided, cond_out, other):
+        seen.append((guided, cond_out, other))
+        return guided
+
+    for combination, w in ((b.negative(3.0, 1.5), 3.0), (b.dexperts(2.0), 2.0)):
+        outputs = dict(zip(combination.names, outs(3), strict=True))
+        Guidance(combination, (spy,)).combine_branches(0.0, outputs)
+        guided, cond_out, other = seen.pop()
+        assert torch.equal(cond_out, outputs["cond"])
+        torch.testing.assert_close(guide(cond_out, other, w), guided, atol=1e-5, rtol=1e-5)
+    # where the condition weighs nothing it is still what is reined in against
+    outputs = dict(zip(("cond", "uncond", "negative"), outs(3), strict=True))
+    guidance = Guidance(b.negative(0.0, 1.0), (spy,))
+    assert guidance.branches_at(0.0) == ("cond", "uncond", "negative")
+    guidance.combine_branches(0.0, outputs)
+    assert torch.equal(seen.pop()[1], outputs["cond"])
+
+
+def test_momentum_of_almost_0_is_none_with_three_branches():
+    space = {"cond": 0, "uncond": 1, "negative": 2}
+    outputs = dict(zip(space, outs(3, (2, 3, 4)), strict=True))
+    plain = Guidance(b.negative(3.0, 1.5)).combine_branches(0.0, outputs)
+    for momentum in (0.0, -1e-6):
+        apg = mitigations.apg(eta=1.0, momentum=momentum)
+        begun = Guidance(b.negative(3.0, 1.5), (apg,)).begin("x0")
+        level = Level(outputs["cond"], torch.tensor(0.6), torch.tensor(0.8), "x0")
+        got = begun.combine_branches(0.0, outputs, level)
+        torch.testing.assert_close(got, plain, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: b.negative("3", 1.0), "the strength is '3', expected a number"),
+        (lambda: b.weights(cond="a", uncond=0.0), "the weight of 'cond' is 'a', expected a number"),
+        (lambda: b.perp_neg(3.0, None), "away is None, expected a number"),
+        (lambda: Guidance(Guidance(3.0)), "expected a number, a schedule or weights of branches"),
+    ],
+)
+def test_what_is_no_strength_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: b.perp_neg(3.0, math.nan), "away is nan, expected a finite number"),
+        (lambda: b.negative(torch.ones(2), torch.ones(3)), r"strengths have \[2, 3\] values"),
+        (lambda: b.Weights(("cond", "cond"), (1.0, 0.0)), "none twice"),
+        (lambda: b.Weights(("cond", "uncond"), (1.0,)), "2 branches and 1 weights"),
+        (lambda: b.cfg_pp(7.5), "s of cfg_pp is 7.5, expected lambda between 0 and 1"),
+        (
+            lambda: draw(
+                "ar",
+                wrapped("ar"),
+                guidance=Guidance(
+                    b.negative(2.0, schedules.interval(torch.ones(2), 0.5, 1.0, outside=0.0))
+                ),
+                branches={"negative": Branch(cond=OTHER)},
+                callback=lambda step: pytest.fail("a step was run first"),
+            ),
+            "2 values for a batch of 3, expected one each",
+        ),
+        (
+            lambda: draw(
+                "ar",
+                wrapped("ar"),
+                guidance=Guidance(b.weak(schedules.interval(2.0, 0.5, 1.0))),
+                branches={"weak": Branch(model=network("ar", codebook_size=5))},
+            ),
+            "has codebook_size 5 and the guided one 24",
+        ),
+        (
+            lambda: draw(
+                "ar",
+                wrapped("ar"),
+                guidance=Guidance(b.weak(2.0)),
+                branches={"weak": Branch(model=network("ar").double())},
+            ),
+            "the branch 'weak' gives torch.float64 and 'cond' torch.float32",
+        ),
         (lambda: b.weights(cond=1.0, uncond=0.5), "add up to 1.5 at progress 0.0, expected 1"),
         (lambda: b.weights(first=1.0), "expected 'cond' among them"),
-        (lambda: b.weights(cond=math.nan, uncond=0.0), "add up to nan"),
+        (lambda: b.weights(cond=math.nan, uncond=0.0), "the weight of 'cond' is nan"),
         (
             lambda: Guidance(b.weights(cond=schedules.linear(1, 2), uncond=0.0)).branches_at(1.0),
             "add up to 2.0 at progress 1.0",
@@ -184,7 +296,7 @@ def test_perp_neg_takes_away_only_what_is_across():
                 guidance=Guidance(3.0),
                 branches={"negative": Branch(cond=OTHER)},
             ),
-            r"branches has \['negative'\], to which guidance gives no weight",
+            r"branches has \['negative'\], and guidance knows \('cond', 'uncond'\)",
         ),
         (
             lambda: draw("ar", wrapped("ar"), branches={"cond": Branch(cond=OTHER)}),
@@ -221,7 +333,7 @@ def test_perp_neg_takes_away_only_what_is_across():
                 guidance=Guidance(b.weak(2.0)),
                 branches={"weak": Branch(model=network("ar", codebook_size=30))},
             ),
-            r"the branch 'weak' gives \(3, 30\) and 'cond' \(3, 24\)",
+            "the model of the branch 'weak' has codebook_size 30 and the guided one 24",
         ),
         (
             lambda: draw(
@@ -262,6 +374,31 @@ def test_a_negative_prompt_as_weights_equals_the_one_in_place_of_the_null_condit
     )
     assert close(got, expected)
     assert not close(got, draw(kind, model, guidance=Guidance(3.0)))
+
+
+def test_a_sweep_may_pass_the_scale_at_which_a_branch_has_no_weight():
+    model, more = wrapped("ar"), {"branches": {"weak": Branch(model=network("ar", seed=5))}}
+    assert close(draw("ar", model, guidance=Guidance(b.weak(1.0)), **more), draw("ar", model))
+
+
+def test_a_plain_callable_may_be_weak_or_guided():
+    declared, shape = wrapped("flow"), (2, 4, 4)
+    options = {"shape": shape, "path": declared.model.path, "space": "flow"}
+    for model, weak in (
+        (declared, lambda x, cond, t: 0.5 * x),
+        (lambda x, cond, t: 0.5 * x, declared.model),
+    ):
+        own = {} if model is declared else options
+        out = sample_diffusion(
+            model,
+            COND,
+            seeds=[0, 1, 2],
+            steps=3,
+            guidance=Guidance(b.weak(2.0)),
+            branches={"weak": Branch(model=weak)},
+            **own,
+        )
+        assert out.shape == (3, *shape) and out.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -428,11 +565,19 @@ def test_cfg_pp_in_the_samplers(kind):
     model = wrapped(kind)
     got = draw(kind, model, guidance=Guidance(b.cfg_pp(1.0)), solver="cfg_pp")
     assert not close(got, draw(kind, model, solver="ddim"))
-    # without the other way of renoising it is plain guidance
-    plain = draw(kind, model, guidance=Guidance(b.cfg_pp(3.0)), solver="ddim")
-    assert close(plain, draw(kind, model, guidance=Guidance(3.0), solver="ddim"))
-    with pytest.raises(ValueError, match="has no unconditional output, expected Guidance"):
-        draw(kind, model, solver="cfg_pp")
+    for options in ({"guidance": Guidance(b.cfg_pp(0.6))}, {"solver": "cfg_pp"}):
+        with pytest.raises(ValueError, match="expected solver 'cfg_pp' together with"):
+            draw(kind, model, **options)
+    if kind.startswith("hybrid"):
+        with pytest.raises(ValueError, match="guide_at is 'states' with CfgPlusPlus"):
+            options = {"guidance": Guidance(b.cfg_pp(0.6)), "solver": "cfg_pp"}
+            draw(kind, model, guide_at="states", **options)
+
+
+@pytest.mark.parametrize("kind", ["ar", "masked"])
+def test_cfg_pp_is_refused_for_logits(kind):
+    with pytest.raises(ValueError, match="CfgPlusPlus works on eps, and the model predicts logits"):
+        draw(kind, wrapped(kind), guidance=Guidance(b.cfg_pp(0.6)))
 
 
 # --- networks made worse ---
@@ -468,10 +613,12 @@ def test_a_perturbed_layer_sees_its_own_token_alone_and_a_skipped_one_nothing():
 
 
 def test_layers_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match=r"layers is \[2\], expected some of 0 to 1"):
+    with pytest.raises(ValueError, match=r"layers is \[2\], expected a list of some of 0 to 1"):
         skip_layers(network("ar"), [2])
     with pytest.raises(ValueError, match=r"layers is \[\]"):
         skip_layers(network("ar"), [])
+    with pytest.raises(ValueError, match="layers is 1, expected a list"):
+        skip_layers(network("ar"), 1)
     with pytest.raises(TypeError, match="network is a Linear"):
         perturb_attention(torch.nn.Linear(2, 2), [0])
 
@@ -513,11 +660,12 @@ def test_the_pipeline_takes_texts_and_a_weaker_pipeline(family):
         (["only one"], "expected a text, 2 texts, a pipeline or a Branch"),
         (lambda: pipeline(family="masked"), "a pipeline with the family masked, expected"),
         (lambda: pipeline(seed=1), "a pipeline with another tokenizer, expected"),
+        (lambda: pipeline().network, "expected a text, 2 texts, a pipeline or a Branch"),
     ],
 )
 def test_a_branch_of_the_pipeline_that_does_not_fit_is_refused(branch, message):
     pipe = pipeline()
-    branch = branch() if callable(branch) else branch
+    branch = branch() if not isinstance(branch, list) else branch
     with pytest.raises(ValueError, match=message):
         pipe(CAPTIONS[:2], seeds=[0, 1], guidance=Guidance(b.weak(2.0)), branches={"weak": branch})
 
@@ -525,6 +673,6 @@ def test_a_branch_of_the_pipeline_that_does_not_fit_is_refused(branch, message):
 @pytest.mark.parametrize("module", [b, mitigations, schedules])
 def test_the_catalogue_lists_all_there_is(module):
     text = (Path(__file__).parents[1] / "docs/catalogue.md").read_text()
-    not_methods = {"Weights", "PerpNeg", "BothBranches", "weights", "at_levels"}
+    not_methods = {"Weights", "PerpNeg", "CfgPlusPlus", "weights", "at_levels"}
     missing = [name for name in module.__all__ if f"`{name}" not in text]
     assert set(missing) <= not_methods

@@ -68,6 +68,14 @@ def test_schedules_and_mitigations_apply_as_ever():
     )
 
 
+def test_a_model_brings_its_null_condition():
+    toy, cond = mixture(straight(), "flow"), torch.ones(2, dtype=torch.long)[:, None]
+    model = ClassifierDenoiser(toy, exact(toy), toy.null_condition)
+    options = {"seeds": [0, 1], "steps": 3, "guidance": Guidance(2.0)}
+    told = sample_diffusion(model, cond, uncond=toy.null_condition, **options)
+    assert torch.equal(sample_diffusion(model, cond, **options), told)
+
+
 def test_only_rows_with_a_condition_cost_a_gradient():
     toy, rows = mixture(straight(), "flow"), []
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unicfg import guide
-from unicfg.testing import CHECKS, Subject, check, stateless
+from unicfg import Guidance, guide
+from unicfg.guidance import branches
+from unicfg.testing import CHECKS, Subject, check, of_guidance, stateless
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import conformance
@@ -107,6 +108,8 @@ def test_what_is_not_claimed_is_not_counted_and_what_is_raised_is_a_fault():
     report = check(stateless("x", broken))
     assert report.faults["acts"] == "KeyError: 'no such thing'" and not report.passed
     assert "acts" in str(report)
+    with pytest.raises(ValueError, match="expected a number: the checks set it"):
+        of_guidance("x", Guidance(branches.negative(3.0, 1.0)), "eps")
     with pytest.raises(ValueError, match=r"exempt names \['identity'\], expected some of"):
         check(Subject("x", lambda: None, exempt={"identity": "typo"}))
 

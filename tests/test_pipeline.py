@@ -167,6 +167,16 @@ def test_generate_writes_a_grid_of_scales(folder, tmp_path, capsys):
     assert np.array_equal(np.asarray(picture.crop((x, y, x + 128, y + 128))), np.asarray(big))
 
 
+def test_generate_away_from_a_negative_prompt(folder, tmp_path):
+    shared = ("generate", "a red circle", "--weights", folder, "--scale", 3, "-n", 2)
+    files = [tmp_path / f"{name}.png" for name in ("away", "plain", "none")]
+    assert run(*shared, "--negative", "two green stars", "--away", 2, "--out", files[0]) == 0
+    assert run(*shared, "--out", files[1]) == 0
+    assert run(*shared, "--negative", "two green stars", "--away", 0, "--out", files[2]) == 0
+    away, plain, none = map(opened, files)
+    assert same([plain], [none]) and not same([plain], [away])
+
+
 def test_generate_from_a_file_of_prompts(folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\ntwo green stars\n")
@@ -191,6 +201,7 @@ def test_generate_from_a_file_of_prompts(folder, tmp_path):
         (("x", "--top-k", "0"), "top_k is 0"),
         (("x", "--top-p", "2"), "top_p is 2"),
         (("x", "--temperature", "-1"), "temperature is -1"),
+        (("x", "--away", "2"), "--away is 2.0 without --negative, expected both or none"),
         (("x", "--family", "flow"), "holds the families"),
         (("x", "--out", "picture.xyz"), "suffix '.xyz'"),
     ],

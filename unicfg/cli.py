@@ -111,8 +111,6 @@ def generate(
     # what is bad is refused before weights are read
     if negative is None and away != 1.0:
         raise ValueError(f"--away is {away} without --negative, expected both or none")
-    # without weight the branch would be refused: it is left out, as the help says
-    negative = None if away == 0 else negative
     guidances = [
         Guidance(value if negative is None else branches.negative(value, away)) for value in values
     ]

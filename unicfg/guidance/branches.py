@@ -13,17 +13,17 @@ Every strength may be a number, a tensor (B,) or a schedule. To add a method, wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from unicfg.guidance.core import Scale, Schedule, guide, mix, to_dtype
+from unicfg.guidance.core import Scale, Schedule, check_scale_value, mix, to_dtype
 
 __all__ = [
-    "BothBranches",
+    "CfgPlusPlus",
     "PerpNeg",
     "Weights",
     "cfg_pp",
@@ -39,10 +39,11 @@ __all__ = [
 ]
 
 Strength = Scale | Schedule
-_TOLERANCE = 1e-4  # of the sum of weights
+_TOLERANCE = 1e-4  # of the sum of weights, relative to the largest
+_LEAST = 1e-9  # of the largest weight: a smaller one is 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
     """Branches and their weights; :func:`weights` makes it.
 
@@ -56,8 +57,14 @@ class Weights:
 
     def __post_init__(self) -> None:
         """Check what can be checked before the first step."""
-        if "cond" not in self.names:
-            raise ValueError(f"the branches are {self.names}, expected 'cond' among them")
+        if "cond" not in self.names or len(set(self.names)) != len(self.names):
+            raise ValueError(
+                f"the branches are {self.names}, expected 'cond' among them, none twice"
+            )
+        if len(self.values) != len(self.names):
+            raise ValueError(
+                f"there are {len(self.names)} branches and {len(self.values)} weights, expected one each"
+            )
         if not any(_is_schedule(value) for value in self.values):
             self.at(0.0)
 
@@ -67,13 +74,20 @@ class Weights:
         Raises:
             ValueError: if they do not add up to 1, or one is not finite.
         """
-        at = {n: _at(v, progress) for n, v in zip(self.names, self.values, strict=True)}
-        total = sum(torch.as_tensor(value, dtype=torch.float64) for value in at.values())
-        if not bool((torch.as_tensor(total - 1).abs() <= _TOLERANCE).all()):  # also where it is NaN
+        at = {n: _at(v, progress, n) for n, v in zip(self.names, self.values, strict=True)}
+        exact = [torch.as_tensor(value, dtype=torch.float64) for value in at.values()]
+        largest = max(float(value.abs().amax()) for value in exact)
+        total = _added(exact)
+        if not bool((total - 1).abs().amax() <= _TOLERANCE * max(1.0, largest)):
             raise ValueError(
-                f"the weights {at} add up to {torch.as_tensor(total).tolist()} at progress {progress}, expected 1"
+                f"the weights {at} add up to {total.tolist()} at progress {progress}, expected 1"
             )
-        return at
+        # what only rounding has left of a weight of 0 would cost a branch
+        return {name: _without_dust(value, _LEAST * largest) for name, value in at.items()}
+
+    def strengths_at(self, progress: float) -> tuple[Scale, ...]:
+        """All weights at ``progress``."""
+        return tuple(self.at(progress).values())
 
     def scale_at(self, progress: float) -> Scale:
         """The weight of the condition."""
@@ -149,22 +163,28 @@ def instruct_pix2pix(s_text: Strength, s_image: Strength) -> Weights:
     )
 
 
-def nested(s_outer: float | Tensor, s_inner: float | Tensor) -> Weights:
+def nested(s_outer: Strength, s_inner: Strength) -> Weights:
     """Guidance inside of guidance: u + s_outer (i + s_inner (c - i) - u).
 
     The double guidance of MusicGen-Style (arXiv 2407.12563), where i has the style and c the text too.
 
     Branches: cond, image, uncond.
     """
-    return weights(cond=s_outer * s_inner, image=s_outer * (1.0 - s_inner), uncond=1.0 - s_outer)
+    both = _product(s_outer, s_inner)
+    return weights(
+        cond=both,
+        image=_sum(0.0, (1.0, s_outer), (-1.0, both)),
+        uncond=_sum(1.0, (-1.0, s_outer)),
+    )
 
 
 def weak(s: Strength, cfg: Strength = 1.0) -> Weights:
     """Away from a weaker model that is shown the same condition: u + cfg (c - u) + (s - 1) (c - w).
 
     With ``cfg`` 1 this is c + (s - 1) (c - w), the scale s between the weak and the strong model. A smaller or less
-    trained denoiser: autoguidance (Karras et al., arXiv 2406.02507). A smaller language model: contrastive decoding
-    (Li et al., arXiv 2210.15097). The model itself with its attention disturbed or with layers left out: perturbed
+    trained denoiser: autoguidance (Karras et al., arXiv 2406.02507). A smaller language model: contrastive decoding in the
+    form of O'Brien and Lewis (arXiv 2309.09117); Li et al. (arXiv 2210.15097), whose idea it is, take the difference
+    alone, and both mask what the strong model finds implausible: add ``mitigations.plausibility()``. The model itself with its attention disturbed or with layers left out: perturbed
     attention and skip-layer guidance (``models.perturb``).
 
     Branches: cond, uncond where cfg is not 1, weak.
@@ -193,19 +213,37 @@ def context_aware(alpha: Strength = 0.5) -> Weights:
     return weights(cond=_sum(1.0, (1.0, alpha)), uncond=_sum(0.0, (-1.0, alpha)))
 
 
-@dataclass(frozen=True)
-class BothBranches:
-    """Plain guidance that runs both branches at every scale; :func:`cfg_pp` makes it.
+@dataclass(frozen=True, eq=False)
+class CfgPlusPlus:
+    """The guidance of the solver "cfg_pp": both branches at every scale; :func:`cfg_pp` makes it.
 
     Attributes:
         s: the scale.
     """
 
     s: Strength
+    space: ClassVar[str] = "eps"
+    names: ClassVar[tuple[str, ...]] = ("cond", "uncond")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the first step."""
+        if not _is_schedule(self.s):
+            self.scale_at(0.0)
 
     def scale_at(self, progress: float) -> Scale:
-        """The scale."""
-        return _at(self.s, progress)
+        """The scale.
+
+        Raises:
+            ValueError: if it is not between 0 and 1.
+        """
+        s = _at(self.s, progress)
+        if not bool(((torch.as_tensor(s) >= 0) & (torch.as_tensor(s) <= 1)).all()):
+            raise ValueError(f"s of cfg_pp is {s}, expected lambda between 0 and 1; 0.6 is strong")
+        return s
+
+    def strengths_at(self, progress: float) -> tuple[Scale, ...]:
+        """The scale at ``progress``."""
+        return (self.scale_at(progress),)
 
     def branches_at(self, progress: float) -> tuple[str, ...]:
         """Both."""
@@ -213,25 +251,27 @@ class BothBranches:
 
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The formula."""
-        return guide(outputs["cond"], outputs["uncond"], _at(self.s, progress))
+        s = self.scale_at(progress)
+        return mix([outputs["cond"], outputs["uncond"]], [s, 1.0 - s])
 
-    def fixed_at(self, progress: float) -> BothBranches:
+    def fixed_at(self, progress: float) -> CfgPlusPlus:
         """The same with the scale that it has at ``progress``."""
         return replace(self, s=_at(self.s, progress))
 
 
-def cfg_pp(s: Strength = 0.6) -> BothBranches:
+def cfg_pp(s: Strength = 0.6) -> CfgPlusPlus:
     """CFG++, together with ``solver="cfg_pp"``: x0 is guided, and the noise that is added back is unconditional.
 
     Chung et al., arXiv 2406.08070, where s is lambda in [0, 1]; 0.6 is about as strong as a scale of 7.5. The solver
-    needs the unconditional output also where s is 1.
+    needs the unconditional output also where s is 1, which is the strongest, not the conditional model. Neither goes
+    without the other: a sampler refuses that, and logits.
 
     Branches: cond, uncond.
     """
-    return BothBranches(s)
+    return CfgPlusPlus(s)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerpNeg:
     """Perp-Neg; :func:`perp_neg` makes it.
 
@@ -244,10 +284,19 @@ class PerpNeg:
     s: Strength
     away: Strength
     space: ClassVar[str] = "eps"
+    names: ClassVar[tuple[str, ...]] = ("cond", "uncond", "negative")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the first step."""
+        _check_fixed(s=self.s, away=self.away)
 
     def scale_at(self, progress: float) -> Scale:
         """The scale of the prompt."""
         return _at(self.s, progress)
+
+    def strengths_at(self, progress: float) -> tuple[Scale, ...]:
+        """Both strengths at ``progress``."""
+        return _at(self.s, progress), _at(self.away, progress)
 
     def branches_at(self, progress: float) -> tuple[str, ...]:
         """The branches that ``progress`` needs."""
@@ -263,7 +312,8 @@ class PerpNeg:
             return plain.combine(0.0, outputs)
         dtype = outputs["uncond"].dtype
         precise = torch.promote_types(dtype, torch.float32)
-        cond, uncond, other = (outputs[name].to(precise) for name in ("cond", "uncond", "negative"))
+        like = outputs["cond"]
+        cond, uncond, other = (outputs[n].to(precise).expand_as(like) for n in self.names)
         toward, aside = (cond - uncond).flatten(1), (other - uncond).flatten(1)
         # where the prompt has no direction, nothing is taken out
         length = toward.square().sum(1, keepdim=True).clamp(min=torch.finfo(precise).tiny)
@@ -299,10 +349,23 @@ class _Sum:
 
     def __call__(self, progress: float) -> Scale:
         """The value at ``progress``."""
-        value: Scale = self.constant
+        values: list[Scale] = [self.constant]
         for factor, term in zip(self.factors, self.terms, strict=True):
-            value = value + factor * _at(term, progress)
-        return value
+            values.append(factor * _exact(_at(term, progress)))
+        total: Scale = _added(values)
+        return total
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A schedule: the product of two."""
+
+    first: Strength
+    second: Strength
+
+    def __call__(self, progress: float) -> Scale:
+        """The value at ``progress``."""
+        return _exact(_at(self.first, progress)) * _exact(_at(self.second, progress))
 
 
 def _sum(constant: float, *terms: tuple[float, Strength]) -> Strength:
@@ -311,11 +374,45 @@ def _sum(constant: float, *terms: tuple[float, Strength]) -> Strength:
     return total if any(_is_schedule(term) for term in total.terms) else total(0.0)
 
 
+def _product(first: Strength, second: Strength) -> Strength:
+    """The product of two strengths, as a schedule only where one of them is."""
+    product = _Product(first, second)
+    return product if _is_schedule(first) or _is_schedule(second) else product(0.0)
+
+
+def _added(values: Sequence[Any]) -> Any:
+    """The sum of numbers and tensors (B,).
+
+    Raises:
+        ValueError: if two tensors have different lengths.
+    """
+    lengths = {len(v) for v in values if isinstance(v, Tensor) and v.ndim == 1 and len(v) > 1}
+    if len(lengths) > 1:
+        raise ValueError(f"strengths have {sorted(lengths)} values, expected one for each sample")
+    return sum(values[1:], values[0])
+
+
+def _exact(value: Scale) -> Scale:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _without_dust(value: Scale, least: float) -> Scale:
+    if isinstance(value, Tensor):
+        return torch.where(value.abs() < least, 0.0, value)
+    return 0.0 if abs(value) < least else value
+
+
 def _is_schedule(value: Strength) -> bool:
     return callable(value) and not isinstance(value, Tensor)
 
 
-def _at(value: Strength, progress: float) -> Scale:
-    if isinstance(value, Tensor) or not callable(value):
-        return value
-    return value(progress)
+def _at(value: Strength, progress: float, name: str = "") -> Scale:
+    at = value(progress) if callable(value) and not isinstance(value, Tensor) else value
+    return check_scale_value(at, f"the weight of {name!r}" if name else "the strength")
+
+
+def _check_fixed(**values: Strength) -> None:
+    """Refuse numbers that are none."""
+    for name, value in values.items():
+        if not _is_schedule(value):
+            check_scale_value(value, name)

@@ -33,6 +33,13 @@ Mitigation = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Combination(Protocol):
     """What takes the place of the scale where there are other branches; see ``unicfg.guidance.branches``."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All branches that it may give a weight, in row order."""
+
+    def strengths_at(self, progress: float) -> tuple[Scale, ...]:
+        """All numbers, or tensors (B,), that it has at ``progress``."""
+
     def scale_at(self, progress: float) -> Scale:
         """The weight of the condition."""
 
@@ -85,7 +92,9 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
         if isinstance(s, Tensor)
         else max(-most, min(s, most))
     )
-    if cond.device.type == "cpu":  # elsewhere looking at the result would stall the device
+    if (
+        cond.device.type == "cpu" and cond.numel()
+    ):  # elsewhere looking at the result would stall the device
         out = _line(cond, uncond, s)
         # one number that is finite only if all are; where rounding follows, all must be small enough for it too
         shown = out.sum() if out.dtype == cond_out.dtype else out.abs().amax()
@@ -123,11 +132,12 @@ def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
 
     Two outputs are :func:`guide`. More go out from the first one along its differences from the others, so that one
     mask and one precision serve all: what is masked (-inf) in the first stays masked, and another output that is
-    masked takes the value of the first there.
+    masked takes the value of the first there. A sample in which the first has no weight goes out from the next.
 
     Args:
         outputs: (B, ...) each, of one dtype; the batch of all but the first may be 1.
-        weights: one each, a number, (B,), or broadcastable; they add up to 1, which is the caller's to check.
+        weights: one each, a number, (B,), or broadcastable, on any device; they add up to 1, which is the caller's to
+            check.
 
     Returns:
         the sum, in the shape and dtype of the first output.
@@ -141,23 +151,43 @@ def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
             f"there are {len(outputs)} outputs and {len(weights)} weights, expected one weight each"
         )
     first, *others = outputs
+    weights = [w.to(first.device) if isinstance(w, Tensor) else w for w in weights]
     if len(outputs) == 1:
         return first
     if len(outputs) == 2:
         return guide(first, others[0], weights[0])
-    precise = torch.promote_types(first.dtype, torch.float32)
-    most = torch.finfo(precise).max / 2  # differences stay finite
-    masked = first.isneginf()
-    base = first.to(precise).masked_fill(masked, 0.0).clamp(-most, most)
-    total = base.clone()
-    for out, weight in zip(others, weights[1:], strict=True):
+    for out in others:
         _check_outputs(first, out)
+    precise = torch.promote_types(first.dtype, torch.float32)
+    scales = [_check_scale(weight, first) for weight in weights]
+    base = _anchor(outputs, scales)
+    masked = base.isneginf()
+    # each term may be at most its share of what a float holds, so that their sum is finite
+    most = torch.finfo(precise).max / (2 * len(outputs))
+    base = base.to(precise).masked_fill(masked, 0.0).clamp(-most, most)
+    total = base.clone()
+    for out, scale in zip(outputs, scales, strict=True):
         wide = out.to(precise).expand_as(base)
         wide = torch.where(wide.isneginf() | masked, base, wide).clamp(-most, most)
-        total = total + _check_scale(weight, first) * (wide - base)
+        total = total + (_rounded(scale, precise) * (wide - base)).clamp(-most, most)
     limits = torch.finfo(first.dtype)
-    total = total.nan_to_num(nan=math.nan, posinf=limits.max, neginf=limits.min)
     return total.clamp(limits.min, limits.max).masked_fill(masked, -math.inf).to(first.dtype)
+
+
+def _anchor(outputs: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
+    """The output that the others are compared with: in each sample the first one that has a weight."""
+    base, chosen = outputs[0], torch.as_tensor(scales[0] != 0, device=outputs[0].device)
+    for out, scale in zip(outputs[1:], scales[1:], strict=True):
+        if bool(chosen.all()):
+            break
+        weighed = torch.as_tensor(scale != 0, device=out.device)
+        base = torch.where(~chosen & weighed, out.expand_as(base), base)
+        chosen = chosen | weighed
+    return base
+
+
+def _rounded(scale: Scale, dtype: torch.dtype) -> Scale:
+    return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
 def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
@@ -259,10 +289,14 @@ class Guidance:
         for mitigation in self.mitigations:
             if not callable(mitigation):
                 raise TypeError(f"mitigation is {mitigation!r}, expected a callable")
+        if isinstance(self.scale, Guidance):
+            raise TypeError(
+                f"scale is {self.scale!r}, expected a number, a schedule or weights of branches"
+            )
         if self._combination is None and (
             isinstance(self.scale, Tensor) or not callable(self.scale)
         ):
-            _check_schedule_value(self.scale, "scale")
+            check_scale_value(self.scale, "scale")
 
     @property
     def _combination(self) -> Combination | None:
@@ -281,10 +315,21 @@ class Guidance:
             raise ValueError(f"progress is {progress}, expected a fraction between 0 and 1")
         where = f"schedule at progress {progress}"
         if self._combination is not None:
-            return _check_schedule_value(self._combination.scale_at(progress), where)
+            return check_scale_value(self._combination.scale_at(progress), where)
         if isinstance(self.scale, Tensor) or not callable(self.scale):
-            return _check_schedule_value(self.scale, "scale")
-        return _check_schedule_value(self.scale(progress), where)
+            return check_scale_value(self.scale, "scale")
+        return check_scale_value(self.scale(progress), where)
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """All branches that some step may need."""
+        return ("cond", "uncond") if self._combination is None else self._combination.names
+
+    def strengths_at(self, progress: float) -> tuple[Scale, ...]:
+        """The scale at ``progress``, or every number that the weights of branches have there."""
+        if self._combination is None:
+            return (self.scale_at(progress),)
+        return self._combination.strengths_at(progress)
 
     def branches_at(self, progress: float) -> tuple[str, ...]:
         """The branches whose outputs the step at ``progress`` needs, in row order.
@@ -293,7 +338,10 @@ class Guidance:
         B rows, not 2B, wherever one branch suffices. With weights of branches, those whose weight is not 0.
         """
         if self._combination is not None:
-            return self._combination.branches_at(progress)
+            needed = self._combination.branches_at(progress)
+            # mitigations rein in against the condition, whatever it weighs
+            missing = len(needed) > 1 and self.mitigations and "cond" not in needed
+            return ("cond", *needed) if missing else needed
         s = self.scale_at(progress)
         for value, branch in ((1.0, "cond"), (0.0, "uncond")):
             if s == value if isinstance(s, float) else bool((torch.as_tensor(s) == value).all()):
@@ -360,8 +408,9 @@ class Guidance:
     ) -> Tensor:
         """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
 
-        Where only one branch is needed its output is returned as it is: there is nothing to rein in. What a
-        mitigation takes for the unconditional output is that of "uncond", or of the last branch where there is none.
+        Where only one branch is needed its output is returned as it is: there is nothing to rein in. With other
+        branches than "cond" and "uncond", what a mitigation takes for the unconditional output is the weighted mean of
+        all but the condition, from which the guided output is reached along a line as in plain guidance.
 
         Args:
             progress: fraction of sampling done, in [0, 1].
@@ -387,8 +436,9 @@ class Guidance:
             _check_outputs(first, outputs[name])
             wide[name] = outputs[name].to(precise).expand_as(first)
         guided = self._mixed(progress, wide)
-        cond = wide[needed[0]]
-        uncond = wide.get("uncond", wide[needed[-1]])
+        cond = wide["cond"]
+        plain = needed == ("cond", "uncond")
+        uncond = wide["uncond"] if plain else _other_end(guided, cond, self.scale_at(progress))
         for mitigation in self.mitigations:
             guided = _mitigate(mitigation, progress, guided, cond, uncond, level)
         return to_dtype(guided, first.dtype)
@@ -400,6 +450,17 @@ class Guidance:
         s = self.scale_at(progress)
         cond_out, uncond_out = outputs["cond"], outputs["uncond"]
         return guide(cond_out, uncond_out, s.to(cond_out.device) if isinstance(s, Tensor) else s)
+
+
+def _other_end(guided: Tensor, cond_out: Tensor, weight: Scale) -> Tensor:
+    """The mean of the other branches: guided = weight * cond_out + (1 - weight) * mean.
+
+    Where the others' weights add up to 0 there is no mean, and it is as if the weight of the condition were 2.
+    """
+    w = torch.as_tensor(weight, dtype=cond_out.dtype, device=cond_out.device)
+    beyond = torch.where((w - 1).abs() > 1e-6, w - 1, 1.0)
+    step = (guided - cond_out) / beyond.view(-1, *[1] * (cond_out.ndim - 1))
+    return torch.where(step.isfinite(), cond_out - step, cond_out)
 
 
 def to_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -439,7 +500,13 @@ def _name(mitigation: object) -> str:
     return getattr(mitigation, "__name__", type(mitigation).__name__)
 
 
-def _check_schedule_value(s: object, where: str) -> Scale:
+def check_scale_value(s: object, where: str) -> Scale:
+    """The scale as a float or a tensor () or (B,), if it is one.
+
+    Raises:
+        TypeError: if it is neither a number nor a tensor.
+        ValueError: if it is not finite, or has more dimensions.
+    """
     if isinstance(s, Tensor):
         if s.ndim > 1 or not bool(torch.isfinite(s).all()):
             raise ValueError(

@@ -100,10 +100,14 @@ def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
     """Refuse branches that speak of different things.
 
     Raises:
-        ValueError: names the branch, and both shapes.
+        ValueError: names the branch, and both shapes or dtypes.
     """
     (first, out), *others = outputs.items()
     for name, other in others:
+        if other.dtype != out.dtype:
+            raise ValueError(
+                f"the branch {name!r} gives {other.dtype} and {first!r} {out.dtype}, expected models of one dtype"
+            )
         if other.shape != out.shape:
             raise ValueError(
                 f"the branch {name!r} gives {tuple(other.shape)} and {first!r} {tuple(out.shape)}, expected equal "
@@ -146,11 +150,11 @@ def needed_branches(guidance: Guidance, progresses: Iterable[float], batch: int)
     """
     needed: dict[str, None] = {}
     for progress in progresses:
-        scale = guidance.scale_at(progress)
-        if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) not in (1, batch):
-            raise ValueError(
-                f"the scale has {len(scale)} values for a batch of {batch}, expected one each"
-            )
+        for scale in guidance.strengths_at(progress):
+            if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale) not in (1, batch):
+                raise ValueError(
+                    f"the scale has {len(scale)} values for a batch of {batch}, expected one each"
+                )
         needed.update(dict.fromkeys(guidance.branches_at(progress)))
     first = tuple(name for name in ("cond", "uncond") if name in needed)
     return first + tuple(name for name in needed if name not in first)
@@ -165,9 +169,10 @@ def network_and_null(model: Any, uncond: Tensor | None) -> tuple[Any, Tensor | N
     network: Any = model
     if isinstance(model, ConditionDropout):
         network = model.model
-        null = model.null_condition
-        if uncond is None and isinstance(null, Tensor):
-            uncond = null
+    if uncond is None:
+        # of the dropout wrapper, or of a model that brings one without it
+        null = getattr(model, "null_condition", None)
+        uncond = null if isinstance(null, Tensor) else None
     if isinstance(network, nn.Module) and network.training:
         raise ValueError("model is in training mode, expected model.eval() before sampling")
     return network, uncond
@@ -233,11 +238,11 @@ def plan(
                 f"branches has {name!r}, expected other names: these two are the arguments cond and uncond"
             )
     needed = needed_branches(guidance, progresses, len(cond))
-    idle = [name for name in extra if name not in needed]
-    if idle:
+    unknown = [name for name in extra if name not in guidance.branch_names]
+    if unknown:
         raise ValueError(
-            f"branches has {idle}, to which guidance gives no weight at any step: expected some of {needed}, "
-            "or weights for it, as in Guidance(branches.weak(2.0))"
+            f"branches has {unknown}, and guidance knows {guidance.branch_names}: expected weights for each, as in "
+            "Guidance(branches.weak(2.0))"
         )
     groups: list[Group] = []
     for name in needed:
@@ -277,7 +282,7 @@ def _one_or_each(name: str, own: Tensor, cond: Tensor) -> Tensor:
 
 
 # what two models must agree in for their outputs to be mixed
-_KIND = ("num_tokens", "mask_token", "latent_shape", "space", "path", "order")
+_KIND = ("num_tokens", "mask_token", "latent_shape", "space", "path", "order", "codebook_size")
 
 
 def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any, Tensor]:
@@ -297,10 +302,14 @@ def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any
         return network, condition
     other, _ = network_and_null(branch.model, None)
     # a hybrid's denoiser is its head
-    pairs = [(network, other), (getattr(network, "head", None), getattr(other, "head", None))]
+    pairs = [
+        (getattr(network, part, None), getattr(other, part, None)) for part in ("head", "config")
+    ]
+    pairs.append((network, other))
     for (own, foreign), attribute in itertools.product(pairs, _KIND):
         ours, theirs = getattr(own, attribute, None), getattr(foreign, attribute, None)
-        if ours != theirs:
+        # a plain callable declares nothing, and the sampler was told
+        if None not in (ours, theirs) and ours != theirs:
             raise ValueError(
                 f"the model of the branch {name!r} has {attribute} {theirs!r} and the guided one {ours!r}: expected a "
                 "model of the same kind, tokenizer and codebook"

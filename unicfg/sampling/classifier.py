@@ -7,7 +7,8 @@ everything else, the formula, schedules, mitigations and samplers, is that of cl
     sample_autoregressive(ClassifierTokens(model, log_prob, null), cond, uncond=null, guidance=Guidance(3.0), seeds=[0])
 
 What it costs beside a second training: a denoiser's classifier has to know noisy samples, and runs forward and
-backward at every step; a token model's has to judge every candidate for the next token at every step.
+backward at every step; a token model's has to judge every candidate for the next token at every step. The model runs
+for the rows of both branches, though they are alike.
 """
 
 from __future__ import annotations
@@ -226,4 +227,4 @@ def _network_and_null(model: Any, null_condition: Tensor | None) -> tuple[Any, T
 
 def _named(cond: Tensor, null: Tensor) -> Tensor:
     """Which rows (R,) have a condition other than the null condition."""
-    return (cond != null.to(cond.device)).flatten(1).any(1)
+    return (cond != null.to(cond.device)).reshape(len(cond), -1).any(1)

@@ -30,6 +30,7 @@ from unicfg.sampling.solvers import (
     Pin,
     Solver,
     Spacing,
+    check_cfg_pp,
     check_solver,
     check_steps,
     integrate,
@@ -111,6 +112,7 @@ def sample_diffusion(
     path = _check_path(_declared(network, "path", "path", path))
     space = check_space(_declared(network, "space", "space", space))
     guidance = begin_guidance(guidance, space)
+    check_cfg_pp(guidance, solver)
     sources = generators(check_seeds(seeds, len(cond)))
     noise = normal(sources, shape).to(cond.device)
     pin = _pin(init, mask, noise)

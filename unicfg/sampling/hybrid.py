@@ -34,6 +34,7 @@ from unicfg.sampling.randomness import check_seeds, generators, normal
 from unicfg.sampling.solvers import (
     Solver,
     Spacing,
+    check_cfg_pp,
     check_solver,
     check_steps,
     integrate,
@@ -168,7 +169,13 @@ def sample_hybrid(
         )
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, expected a finite number >= 0")
+    if guide_at != "head" and hasattr(guidance.scale, "space"):
+        raise ValueError(
+            f"guide_at is {guide_at!r} with {type(guidance.scale).__name__}, which is made for predictions of the "
+            "head: expected 'head'"
+        )
     check_solver(solver, 0.0)
+    check_cfg_pp(guidance, solver)
     passes = _check_passes(passes, network.order)
     times = time_grid(network.head.path, steps, spacing)
     batch, length = len(cond), network.num_tokens

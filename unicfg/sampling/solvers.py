@@ -21,7 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from unicfg.guidance.core import Scale
+from unicfg.guidance.branches import CfgPlusPlus
+from unicfg.guidance.core import Guidance, Scale
 from unicfg.guidance.spaces import (
     Space,
     check_level,
@@ -283,18 +284,10 @@ def _cfg_pp(walk: _Walk, i: int, now: Prediction) -> Tensor:
 
     The step formula with x0 of the guided output and the noise of the unconditional one: what is added back was not
     extrapolated, so that the next x stays where noisy samples are.
-
-    Raises:
-        ValueError: if there is no unconditional output.
     """
-    uncond_out = now.guided.outputs.get("uncond")
-    if uncond_out is None:
-        raise ValueError(
-            f"solver is 'cfg_pp' and step {i} has no unconditional output, expected "
-            "Guidance(branches.cfg_pp(0.6)), which runs it at every step"
-        )
     alpha, sigma = walk.alpha[i], walk.sigma[i]
-    _, noise = split_unchecked(uncond_out.to(now.x.dtype), now.x, alpha, sigma, now.space)
+    uncond_out = now.guided.outputs["uncond"].to(now.x.dtype)
+    _, noise = split_unchecked(uncond_out, now.x, alpha, sigma, now.space)
     return walk.alpha[i + 1] * now.x0 + walk.sigma[i + 1] * noise
 
 
@@ -393,6 +386,19 @@ def check_solver(solver: str, eta: float) -> None:
         raise ValueError(f"eta is {eta}, expected a number between 0 and 1")
     if eta > 0 and solver != "ddim":
         raise ValueError(f"eta is {eta} with solver {solver!r}, which draws no noise: expected 0")
+
+
+def check_cfg_pp(guidance: Guidance, solver: str) -> None:
+    """Refuse CFG++'s solver without its guidance, whose scale means something else, and the other way round.
+
+    Raises:
+        ValueError: if so.
+    """
+    if isinstance(guidance.scale, CfgPlusPlus) != (solver == "cfg_pp"):
+        raise ValueError(
+            f"solver is {solver!r} with the scale {guidance.scale!r}, expected solver 'cfg_pp' together with "
+            "Guidance(branches.cfg_pp(0.6)), or neither"
+        )
 
 
 def check_steps(steps: int, name: str = "steps") -> int:

@@ -68,7 +68,13 @@ def of_guidance(
     *,
     exempt: Mapping[str, str] | None = None,
 ) -> Subject:
-    """A subject from the mitigations of a ``Guidance``; its scale is set by the checks."""
+    """A subject from the mitigations of a ``Guidance``; its scale is set by the checks.
+
+    Raises:
+        ValueError: if the scale is one of several branches: the checks know two.
+    """
+    if guidance.branch_names != ("cond", "uncond") or not isinstance(guidance.scale, (float, int)):
+        raise ValueError(f"scale is {guidance.scale!r}, expected a number: the checks set it")
 
     def begin() -> Run:
         begun = guidance.begin(space)
@@ -201,8 +207,9 @@ def no_overflow(subject: Subject) -> str | None:
     """Large half-precision outputs saturate: a sum of squares in float16 is infinite from 256 on."""
     cond, uncond = (3e4 * out.sign().half() for out in outputs(subject.kind))
     out = _once(subject, cond, uncond, 7.5)
-    bad = out.isnan() | out.isposinf()
-    return f"{int(bad.sum())} of {bad.numel()} values are NaN or +inf" if bool(bad.any()) else None
+    bad = ~out.isfinite() if subject.kind == "denoiser" else out.isnan() | out.isposinf()
+    what = "not finite" if subject.kind == "denoiser" else "NaN or +inf"
+    return f"{int(bad.sum())} of {bad.numel()} values are {what}" if bool(bad.any()) else None
 
 
 def keeps_masks(subject: Subject) -> str | None:
@@ -302,7 +309,7 @@ class Report:
 
 def check(subject: Subject, checks: Sequence[Check] = CHECKS) -> Report:
     """Put an implementation through the checks; what it raises is a fault like any other."""
-    names = {one.__name__ for one in CHECKS}
+    names = {one.__name__ for one in (*CHECKS, *checks)}
     unknown = sorted(set(subject.exempt) - names)
     if unknown:
         raise ValueError(f"exempt names {unknown}, expected some of {sorted(names)}")

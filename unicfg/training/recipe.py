@@ -128,8 +128,10 @@ class HeadRecipe:
     """Hybrid: the diffusion head, and the order in which tokens are drawn."""
 
     order: Literal["causal", "masked"] = "causal"
-    width: int = 128
-    depth: int = 3
+    width: int = 256
+    depth: int = (
+        2  # a sampler runs the head many times on few rows: a wide one is faster than a deep one
+    )
     draws: int = 4  # noise draws a token and training step
     context_noise: float = 0.0  # most of the noise on the latents that the transformer sees
 
