@@ -108,10 +108,10 @@ class DiffusionHead(nn.Module):
             def denoise(x: Tensor) -> Tensor:
                 h = torch.addmm(first[0], x.flatten(0, -2), first[1])
                 for by, (up_bias, up, down_bias, down) in zip(inner, blocks, strict=True):
-                    normed = torch.addcmul(by.shift, F.layer_norm(h, width), by.factor)
+                    normed = torch.addcmul(by.shift, torch.layer_norm(h, width), by.factor)
                     fed = torch.addmm(down_bias, F.silu(torch.addmm(up_bias, normed, up)), down)
                     h = torch.addcmul(h, by.gate, fed)
-                normed = torch.addcmul(last.shift, F.layer_norm(h, width), last.factor)
+                normed = torch.addcmul(last.shift, torch.layer_norm(h, width), last.factor)
                 return torch.addmm(final[0], normed, final[1]).view(x.shape)
 
             return denoise

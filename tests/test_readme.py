@@ -15,9 +15,7 @@ from unicfg.evaluation.accuracy import attribute_accuracy, scene_of
 from unicfg.evaluation.attributes import read_scenes
 from unicfg.training.shapes import make_shapes
 
-LEAST_ACCURACY = (
-    89.0  # percent, of every family at its best scale; the aim is 90, hybrid has 89.5 +- 0.9
-)
+LEAST_ACCURACY = 90.0  # percent, of every family at its best scale
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -49,9 +47,7 @@ def test_numbers_of_the_readme_are_those_of_the_committed_table():
 def test_the_time_of_a_hybrid_is_that_of_the_committed_table():
     table = (ROOT / "benchmarks/results/families.md").read_text()
     ratios = [float(r) for r in re.findall(r"\| hybrid \|.*\| ([\d.]+)x \|$", table, re.MULTILINE)]
-    assert (
-        ratios[1] <= 3
-    )  # at width 256; at 128 the steps are so short that starting them is what takes the time
+    assert max(ratios) <= 3  # at widths 128 and 256
     assert f"| {ratios[0]:.2f} x / {ratios[1]:.2f} x |" in README
 
 
@@ -66,9 +62,21 @@ def test_accuracies_of_the_readme_are_those_of_the_committed_table():
     for row in rows:
         assert row in README
     for row in rows[1:]:
-        means = [float(value) for value in re.findall(r"([\d.]+) \+-", row)]
-        gain = float(row.split("|")[-2])
-        assert max(means) >= LEAST_ACCURACY and gain >= 10, row
+        best, gain, error = measured(row, at_1=1)
+        assert best >= LEAST_ACCURACY and gain + error >= 10, row
+    # a family with less than 10 within its error has 10 on more prompts
+    more = (ROOT / "benchmarks/results/n1024/shapes-attributes.md").read_text()
+    (row,) = [line for line in more.splitlines() if line.startswith("| hybrid | ")]
+    assert measured(row, at_1=0)[1] >= 10
+    at_1, at_3 = re.findall(r"[\d.]+ \+- [\d.]+", row)
+    assert f"from {at_1} to {at_3}" in README
+
+
+def measured(row, at_1):
+    """Best accuracy, gain over s = 1, and the standard error at s = 1, which is the larger one."""
+    means = [float(value) for value in re.findall(r"([\d.]+) \+-", row)]
+    errors = [float(value) for value in re.findall(r"\+- ([\d.]+)", row)]
+    return max(means), float(row.split("|")[-2]), errors[at_1]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     return _guide_carefully(cond, uncond, s, cond_out.dtype)
 
 
+def guide_unchecked(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
+    """:func:`guide` for a loop over small tensors, where its checks would take longer than the formula.
+
+    The outputs are of one shape and in float32 at least, ``s`` broadcasts to them, and the caller looks at the result:
+    where it is not finite, :func:`guide` has the answer.
+    """
+    return _line(cond_out, uncond_out, s)
+
+
 def _guide_carefully(cond: Tensor, uncond: Tensor, s: Scale, dtype: torch.dtype) -> Tensor:
     """The formula for outputs that may hold -inf or be too large for it."""
     # -inf - (-inf) is NaN, so masked entries are set aside before the formula and restored after it

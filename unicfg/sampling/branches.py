@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class Branch:
     model: Any = None
 
 
-@dataclass(frozen=True)
-class Guided:
+class Guided(NamedTuple):
     """What guidance made of the branches at one step.
 
     Attributes:

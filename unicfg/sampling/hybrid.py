@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from unicfg.guidance.core import Guidance, Scale, guide
+from unicfg.guidance.core import Guidance, Scale, guide, guide_unchecked
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.autoregressive import CachedBranches
 from unicfg.sampling.branches import (
@@ -324,19 +324,20 @@ class _Head:
                 passes.append((names, prepared(torch.cat([states[name] for name in names]))))
         path, space = self.denoiser.path, self.denoiser.space
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
-        plain_scale = _plain_scale(running, needed, noise.device)
+        plain_scale = _plain_scale(running, needed, noise)
 
         def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
             # called for every step of every token: the common case takes the shortest way
             if plain_scale is not None:
                 both = passes[0][1][index](torch.cat([x, x]))
                 cond_out, uncond_out = both.chunk(2)
-                out = guide(cond_out, uncond_out, plain_scale)
-                guided = Guided(out, scale, {"cond": cond_out, "uncond": uncond_out})
-                if not is_finite(both):  # the formula alone makes finite of finite
-                    require_finite(guided, f"step {index}")
-                return guided
-            outputs: dict[str, Tensor] = {}
+                out = guide_unchecked(cond_out, uncond_out, plain_scale)
+                outputs = {"cond": cond_out, "uncond": uncond_out}
+                if not is_finite(out):
+                    out = guide(cond_out, uncond_out, plain_scale)
+                    require_finite(Guided(out, scale, outputs), f"step {index}")
+                return Guided(out, scale, outputs)
+            outputs = {}
             for names, denoisers in passes:
                 rows = denoisers[index](torch.cat([x] * len(names)))
                 outputs.update(zip(names, rows.chunk(len(names)), strict=True))
@@ -353,13 +354,13 @@ class _Head:
             raise FloatingPointError(f"token {turn.index}: {error}") from None
 
 
-def _plain_scale(guidance: Guidance, needed: tuple[str, ...], device: torch.device) -> Scale | None:
+def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> Scale | None:
     """The scale where guidance is the formula and nothing else, of both branches in one pass."""
     scale = guidance.scale
-    if guidance.mitigations or needed != ("cond", "uncond"):
+    if guidance.mitigations or needed != ("cond", "uncond") or like.dtype != torch.float32:
         return None
     if isinstance(scale, Tensor):
-        return scale.to(device)
+        return scale.to(like).view(-1, *[1] * (like.ndim - 1)) if scale.ndim else scale.to(like)
     return float(scale) if isinstance(scale, (int, float)) else None
 
 

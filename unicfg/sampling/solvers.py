@@ -144,7 +144,7 @@ def integrate(
     return walk.pinned(walk.steps, x)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which would take its time thousands of times
 class Prediction:
     """A guided output at x, and what it says about both halves of x."""
 
