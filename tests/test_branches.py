@@ -423,11 +423,16 @@ def test_a_weak_model_is_guidance_by_another_network(kind):
     assert close(got[1:2], alone)  # and in a batch of any size
 
 
+@pytest.mark.parametrize(
+    "s",
+    [3.0, schedules.interval(3.0, 0.0, 0.5, outside=0.0)],
+    ids=["constant", "then without cond"],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_branches_in_one_pass_equal_three_passes(kind, monkeypatch):
+def test_three_branches_in_one_pass_equal_three_passes(kind, s, monkeypatch):
     model = wrapped(kind)
     options = {
-        "guidance": Guidance(b.negative(3.0, 1.0)),
+        "guidance": Guidance(b.negative(s, 1.0)),
         "branches": {"negative": Branch(cond=OTHER)},
     }
     together = draw(kind, model, **options)
