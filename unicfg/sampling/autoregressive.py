@@ -18,6 +18,7 @@ from unicfg.guidance.core import Guidance, Scale
 from unicfg.sampling.branches import (
     Branch,
     Group,
+    OfBranches,
     begin_guidance,
     combine,
     network_and_null,
@@ -57,7 +58,7 @@ class AutoregressiveModel(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenStep:
+class TokenStep(OfBranches):
     """What a callback sees after each token.
 
     Attributes:
@@ -75,16 +76,6 @@ class TokenStep:
     ids: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
-
-    @property
-    def cond_out(self) -> Tensor | None:
-        """Conditional logits (B, V); None where the step did not need them."""
-        return self.outputs.get("cond")
-
-    @property
-    def uncond_out(self) -> Tensor | None:
-        """Unconditional logits (B, V); None where the step did not need them."""
-        return self.outputs.get("uncond")
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards

@@ -48,6 +48,22 @@ class Branch:
     model: Any = None
 
 
+class OfBranches:
+    """What the steps of the samplers share: the two usual ones of their outputs, by name."""
+
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def cond_out(self) -> Tensor | None:
+        """The conditional output; None where the step did not need it."""
+        return self.outputs.get("cond")
+
+    @property
+    def uncond_out(self) -> Tensor | None:
+        """The unconditional output; None where the step did not need it."""
+        return self.outputs.get("uncond")
+
+
 class Guided(NamedTuple):
     """What guidance made of the branches at one step.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.sampling.branches import (
     Branch,
+    OfBranches,
     WholeGridPass,
     begin_guidance,
     network_and_null,
@@ -51,7 +52,7 @@ class MaskedModel(Protocol):
 
 
 @dataclass(frozen=True)
-class UnmaskingStep:
+class UnmaskingStep(OfBranches):
     """What a callback sees after each pass.
 
     Attributes:
@@ -70,16 +71,6 @@ class UnmaskingStep:
     ids: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
-
-    @property
-    def cond_out(self) -> Tensor | None:
-        """Conditional logits (B, L, V); None where the step did not need them."""
-        return self.outputs.get("cond")
-
-    @property
-    def uncond_out(self) -> Tensor | None:
-        """Unconditional logits (B, L, V); None where the step did not need them."""
-        return self.outputs.get("uncond")
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on afterwards

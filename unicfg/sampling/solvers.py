@@ -30,6 +30,7 @@ from unicfg.guidance.spaces import (
 )
 from unicfg.sampling.branches import (
     Guided,
+    OfBranches,
     progress_at,
 )
 from unicfg.sampling.paths import Path, shift_time
@@ -47,7 +48,7 @@ Pin = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DenoisingStep:
+class DenoisingStep(OfBranches):
     """What a callback sees at each step, with the outputs of the step's first evaluation.
 
     Attributes:
@@ -69,16 +70,6 @@ class DenoisingStep:
     x0: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
-
-    @property
-    def cond_out(self) -> Tensor | None:
-        """Conditional output (B, *shape); None where the step did not need it."""
-        return self.outputs.get("cond")
-
-    @property
-    def uncond_out(self) -> Tensor | None:
-        """Unconditional output (B, *shape); None where the step did not need it."""
-        return self.outputs.get("uncond")
 
 
 Callback = Callable[[DenoisingStep], None]
