@@ -60,6 +60,8 @@ def of_guider(name: str, guider: Any, *, affine: bool = False) -> Subject:
 
     def begin() -> Run:
         def run(progress: float, cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
+            if hasattr(guider, "guidance_scales"):  # one for each band
+                guider.guidance_scales = [s - 1 if w else s] * guider.levels
             guider.guidance_scale = s - 1 if w else s
             step = round(progress * (STEPS - 1))
             guider.set_state(step=step, num_inference_steps=STEPS, timestep=torch.tensor(0))
@@ -88,6 +90,7 @@ def of_diffusers() -> list[Subject]:
         "ClassifierFreeZeroStarGuidance": guiders.ClassifierFreeZeroStarGuidance(),
         "TangentialClassifierFreeGuidance": guiders.TangentialClassifierFreeGuidance(),
         "MagnitudeAwareGuidance": guiders.MagnitudeAwareGuidance(),
+        "FrequencyDecoupledGuidance": guiders.FrequencyDecoupledGuidance(),
     }
     plain = ("ClassifierFreeGuidance", "... use_original_formulation")
     return [of_guider(name, guider, affine=name in plain) for name, guider in own.items()]
@@ -160,7 +163,11 @@ def page(command: str) -> str:
         "```python",
         "from unicfg.testing import check, stateless",
         "",
-        'print(check(stateless("mine", lambda cond_out, uncond_out, s: uncond_out + s * (cond_out - uncond_out))))',
+        "print(",
+        "    check(",
+        '        stateless("mine", lambda cond_out, uncond_out, s: uncond_out + s * (cond_out - uncond_out))',
+        "    )",
+        ")",
         "```",
         "",
         "A ✗ is a statement about the check: some methods are made that way, and some libraries choose to refuse a scale.",

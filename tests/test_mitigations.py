@@ -256,6 +256,19 @@ def test_parity_with_the_zero_star_guider_of_diffusers():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_parity_with_the_frequency_decoupled_guider_of_diffusers():
+    from diffusers.guiders import FrequencyDecoupledGuidance
+
+    for scales in ([10.0, 5.0], [10.0, 4.0, 2.5]):
+        guider = FrequencyDecoupledGuidance(guidance_scales=scales)
+        guider.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(0))
+        c, u = fields(shape=(2, 4, 16, 16))
+        rule = m.frequency_decoupled(tuple((own - 1) / (S - 1) for own in scales))
+        torch.testing.assert_close(
+            apply(rule, S, (c, u)), guider.forward(c, u).pred, rtol=1e-5, atol=1e-5
+        )
+
+
 def test_where_the_apg_of_diffusers_differs_from_the_paper():
     """Its default is u + s * update, so at s -> 1 it does not become the conditional output; ours does."""
     from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
@@ -480,13 +493,16 @@ def test_gradients_flow():
         assert bool(c.grad.isfinite().all()) and bool(c.grad.any())
 
 
-def test_pooling_is_what_the_pyramid_is_made_of():
-    """An odd grid, whose last row and column have no partner, is still taken apart and put together without loss."""
-    c, u = fields(shape=(1, 1, 5, 5))
-    update = guide(c, u, S) - c
-    coarse = F.avg_pool2d(update, 2, ceil_mode=True, count_include_pad=False)
-    kept = m.frequency_decoupled((0.0, 1.0))(guide(c, u, S), c, u) - c
-    torch.testing.assert_close(kept, F.interpolate(coarse, size=(5, 5), mode="bilinear"))
+def test_the_pyramid_takes_odd_and_small_grids():
+    """A grid whose last row has no partner, and one too small to be reflected, are put together without loss."""
+    for side in (2, 3, 5):
+        c, u = fields(shape=(1, 1, side, side))
+        guided = guide(c, u, S)
+        parts = [
+            m.frequency_decoupled(shares)(guided, c, u) - c for shares in ((0.0, 1.0), (1.0, 0.0))
+        ]
+        torch.testing.assert_close(sum(parts), guided - c)
+        assert all(float(part.abs().max()) > 0 for part in parts)
 
 
 FOR_DENOISERS = [name for name in m.__all__ if getattr(getattr(m, name), "space", "") != "logits"]

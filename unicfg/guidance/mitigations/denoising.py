@@ -320,9 +320,9 @@ class tcfg:
 class frequency_decoupled:
     """Guide fine structure by another share of s - 1 than coarse structure.
 
-    Band k of a Laplacian pyramid gets c_k + share_k * (s - 1) * D_k: Sadat et al., arXiv 2506.19713, algorithm 1, where
-    the scales of SDXL are 10 for the fine and 5 for the coarse band: with s = 10, shares 1 and 4 / 9. It means the same
-    in every space.
+    Band k of a Laplacian pyramid (Burt and Adelson, 1983: blurred by the binomial filter of five taps) gets
+    c_k + share_k * (s - 1) * D_k: Sadat et al., arXiv 2506.19713, algorithms 1 and 2, where the scales of SDXL are 10
+    for the fine and 5 for the coarse band: with s = 10, shares 1 and 4 / 9. It means the same in every space.
 
     Args:
         shares: of s - 1, from the finest band to the coarsest; each after the first halves the resolution.
@@ -353,7 +353,7 @@ class frequency_decoupled:
         rest, kept = guided - cond_out, torch.zeros_like(guided)
         bands = []
         for _ in range(halvings):
-            coarse = F.avg_pool2d(rest, 2, ceil_mode=True, count_include_pad=False)
+            coarse = _resized(_blurred(rest), (rest.shape[2] // 2, rest.shape[3] // 2))
             bands.append(rest - _enlarged(coarse, rest))
             rest = coarse
         kept = self.shares[-1] * rest
@@ -363,7 +363,21 @@ class frequency_decoupled:
 
 
 def _enlarged(coarse: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(coarse, size=like.shape[2:], mode="bilinear")
+    return _blurred(_resized(coarse, (like.shape[2], like.shape[3])))
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear")
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """x (B, C, h, w) under the binomial filter; the image goes on as its reflection, or where it is too small for
+    that, as its border."""
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype, device=x.device) / 16
+    channels = x.shape[1]
+    padded = F.pad(x, (2, 2, 2, 2), mode="reflect" if min(x.shape[2:]) > 2 else "replicate")
+    rows = F.conv2d(padded, taps.view(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
+    return F.conv2d(rows, taps.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
 
 
 @dataclass(frozen=True)
