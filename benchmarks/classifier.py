@@ -118,7 +118,7 @@ def train_on_latents(
 ) -> nn.Module:
     """The noise-conditional classifier."""
     path, channels = pipe.network.path, pipe.tokenizer.latent_channels  # type: ignore[union-attr]
-    _, latents, captions = codes.tensors
+    latents = codes.tensors[1]
     model = Captioner(
         Latents(channels), latents[0, 0].numel(), pipe.text.vocabulary, pipe.text.length
     )
@@ -139,7 +139,7 @@ def train_on_prefixes(
     pipe: TextToImage, codes: TensorDataset, steps: int, folder: Path
 ) -> nn.Module:
     """The classifier of the first n tokens."""
-    ids, _, captions = codes.tensors
+    ids = codes.tensors[0]
     table = nn.Embedding(pipe.tokenizer.codebook_size, 128)
     model = Captioner(table, ids.shape[1], pipe.text.vocabulary, pipe.text.length)
 

@@ -91,6 +91,31 @@ def test_only_rows_with_a_condition_cost_a_gradient():
     assert rows == [2, 2, 2]
 
 
+@pytest.mark.parametrize("s", [1.0, 2.0])
+def test_the_model_runs_once_for_the_rows_of_both_branches(s):
+    toy, rows = mixture(straight(), "flow"), []
+
+    def model(x, cond, t):
+        rows.append(len(x))
+        return toy(x, cond, t)
+
+    classified = ClassifierDenoiser(
+        model, exact(toy), toy.null_condition, path=toy.path, space=toy.space
+    )
+    sample_diffusion(
+        classified,
+        torch.ones(3, 1, dtype=torch.long),
+        uncond=toy.null_condition,
+        shape=(2,),
+        path=toy.path,
+        space=toy.space,
+        seeds=[0, 1, 2],
+        steps=2,
+        guidance=Guidance(s),
+    )
+    assert rows == [3, 3]
+
+
 CHAIN = MarkovChain(
     torch.tensor([0.4, 0.6]),
     torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]),

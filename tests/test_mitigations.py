@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import wrapped
-from torch.nn import functional as F
 
 from unicfg import (
     Guidance,

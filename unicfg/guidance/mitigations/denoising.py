@@ -371,8 +371,7 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _blurred(x: Tensor) -> Tensor:
-    """x (B, C, h, w) under the binomial filter; the image goes on as its reflection, or where it is too small for
-    that, as its border."""
+    """The binomial filter on (B, C, h, w), which goes on as its reflection, or where it is too small, as its border."""
     taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype, device=x.device) / 16
     channels = x.shape[1]
     padded = F.pad(x, (2, 2, 2, 2), mode="reflect" if min(x.shape[2:]) > 2 else "replicate")
