@@ -46,7 +46,7 @@ SCALES = {
     "classifier-free": (1.0, 2.0, 3.0, 5.0, 8.0),
     "classifier": (1.0, 2.0, 3.0, 5.0, 8.0),
 }
-BATCH = 32
+BATCH = TRAINING_BATCH = 32
 CANDIDATES = 16  # of 1000 tokens; what FUDGE judges at each step
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -156,7 +156,11 @@ def _fit(
     model: nn.Module, codes: TensorDataset, loss: Callable[..., Tensor], steps: int, folder: Path
 ) -> nn.Module:
     settings = Optimization(
-        steps=steps, batch_size=32, learning_rate=1e-3, weight_decay=0.01, precision="float32"
+        steps=steps,
+        batch_size=TRAINING_BATCH,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        precision="float32",
     )
     return fit(model, codes, loss, settings, folder, resume=True, tracker=False)
 
@@ -346,16 +350,18 @@ def table(results: dict[str, Any], command: str) -> str:
         "## What it costs",
         "",
         f"Milliseconds an image at s = 3, batch {BATCH}, median of {results['settings']['rounds']} rounds in turn and their",
-        "range. The second training is the classifier's.",
+        "range. The second training is that of the classifier.",
         "",
-        "| | ms an image | range | against classifier-free | parameters of the classifier | its training, minutes |",
+        "| | ms an image | range | against classifier-free | parameters of the classifier, of the model | images of its training |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, values in times.items():
         family = name.split(", ")[0]
         ratio = statistics.median(values) / statistics.median(times[f"{family}, classifier-free"])
-        extra = results["training"][family] if name.endswith("classifier") else None
-        marks = f"{extra['parameters']:,} | {extra['minutes']:.0f}" if extra else "- | -"
+        extra = results["training"][family] if name.endswith(", classifier") else None
+        marks = "- | -"
+        if extra:
+            marks = f"{extra['parameters']:,}, {extra['network']:,} | {extra['images']:,}"
         lines.append(
             f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {ratio:.2f}x | {marks} |"
         )
@@ -437,13 +443,12 @@ def main() -> None:
     for family, train in trainings.items():
         if options.train_only not in (None, family):
             continue
-        began, mark = time.perf_counter(), options.work / family / "minutes.json"
         judges[family] = train(pipes[family], codes, options.steps, options.work / family)
-        if not mark.exists():
-            minutes = (time.perf_counter() - began) / 60
-            write_text_atomically(json.dumps({"minutes": minutes}), mark)
-        count = sum(p.numel() for p in judges[family].parameters())
-        training[family] = json.loads(mark.read_text()) | {"parameters": count}
+        training[family] = {
+            "parameters": sum(p.numel() for p in judges[family].parameters()),
+            "network": sum(p.numel() for p in pipes[family].network.parameters()),
+            "images": options.steps * TRAINING_BATCH,
+        }
     if options.train_only:
         return
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
