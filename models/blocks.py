@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -238,29 +238,44 @@ class KVCache:
     each other.
 
     Attributes:
-        keys: (layers, R, heads, T + L, D / heads), R rows.
+        keys: of each layer (R, heads, T + L, D / heads), R rows.
         values: the same.
         prefix: T, the tokens of the condition, which come first.
         length: image tokens held so far, between 0 and L.
         network: the network to decode with; see ``models.packed``.
+        compiled: its compiled step, see ``models.compiled``, or None.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     prefix: int
     length: int
     network: nn.Module
+    compiled: Any = None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.keys[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The rows from ``start`` up to ``stop``: the same memory, with a length of its own."""
-        keys, values = self.keys[:, start:stop], self.values[:, start:stop]
-        return KVCache(keys, values, self.prefix, self.length, self.network)
+        return replace(
+            self,
+            keys=tuple(key[start:stop] for key in self.keys),
+            values=tuple(value[start:stop] for value in self.values),
+        )
 
     def store_prefix(self, condition: EncodedCondition) -> None:
         """Fill in the prefix; one row serves all rows."""
         for layer, (key, value) in enumerate(condition.layers):
-            self.keys[layer, :, :, : self.prefix] = key
-            self.values[layer, :, :, : self.prefix] = value
+            self.keys[layer][:, :, : self.prefix] = key
+            self.values[layer][:, :, : self.prefix] = value
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Append the keys and values of new tokens in one layer, then attend to all so far.
@@ -269,10 +284,10 @@ class KVCache:
         """
         start = self.prefix + self.length
         stop = start + k.shape[2]
-        self.keys[layer, :, :, start:stop] = k
-        self.values[layer, :, :, start:stop] = v
-        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-        return attention(q, keys, values, mask)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, start:stop] = k
+        values[:, :, start:stop] = v
+        return attention(q, keys[:, :, :stop], values[:, :, :stop], mask)
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from models.blocks import (
     causal_mask,
     encode_prefix,
 )
+from models.compiled import compiled_step
 from models.packed import pack
 from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
 
@@ -126,12 +127,13 @@ class Body(nn.Module):
         mask = causal_mask(x.shape[1], self.prefix.length, x.device)
         return self(x, cond, mask)
 
-    def make_cache(self, rows: int, network: nn.Module) -> KVCache:
+    def make_cache(self, rows: int, network: nn.Module, compile: bool = False) -> KVCache:
         """An empty cache for ``rows`` sequences, in the model's dtype and on its device.
 
         Args:
             rows: R.
             network: the model that the body belongs to; it is packed for decoding.
+            compile: take its compiled step in place of that, see ``models.compiled``.
 
         Raises:
             ValueError: if ``rows`` is less than 1.
@@ -141,9 +143,14 @@ class Body(nn.Module):
         weight = self.prefix.position
         width = weight.shape[1]
         places = self.prefix.length + self.num_tokens
-        shape = (len(self.blocks), rows, self.heads, places, width // self.heads)
-        keys, values = weight.new_empty(shape), weight.new_empty(shape)
-        return KVCache(keys, values, self.prefix.length, 0, pack(network))
+        shape = (rows, self.heads, places, width // self.heads)
+        # the compiled step looks at all places and masks those that are not filled yet: what they hold must be finite
+        make = weight.new_zeros if compile else weight.new_empty
+        keys, values = (tuple(make(shape) for _ in self.blocks) for _ in range(2))
+        step = compiled_step(network) if compile else None
+        usable = step is not None and not step.failed
+        runs = network if usable else pack(network)
+        return KVCache(keys, values, self.prefix.length, 0, runs, step if usable else None)
 
     def prefill(self, cond: Tensor, cache: KVCache) -> None:
         """Run the condition (R, T), or one condition (1, T) for all rows, into an empty cache.
@@ -151,8 +158,8 @@ class Body(nn.Module):
         Raises:
             ValueError: if the shape does not fit.
         """
-        if cond.shape[0] not in (1, cache.keys.shape[1]):
-            raise ValueError(f"cond has {cond.shape[0]} rows, the cache {cache.keys.shape[1]}")
+        if cond.shape[0] not in (1, cache.num_rows):
+            raise ValueError(f"cond has {cond.shape[0]} rows, the cache {cache.num_rows}")
         cache.store_prefix(self.encode_condition(cond))
 
     def check_decode(self, known: Tensor, cache: KVCache) -> None:
@@ -162,8 +169,10 @@ class Body(nn.Module):
             ValueError: if there are too many tokens, or fewer than the cache holds, or another row count.
         """
         rows, tokens = known.shape[:2]
-        if rows != cache.keys.shape[1]:
-            raise ValueError(f"ids have {rows} rows, the cache {cache.keys.shape[1]}")
+        if rows != cache.num_rows:
+            raise ValueError(f"ids have {rows} rows, the cache {cache.num_rows}")
+        if known.device != cache.keys[0].device:
+            raise ValueError(f"ids are on {known.device}, the cache on {cache.keys[0].device}")
         if not cache.length <= tokens < self.num_tokens:
             raise ValueError(
                 f"ids hold {tokens} tokens, expected at least the cache's {cache.length} "
@@ -186,6 +195,46 @@ class Body(nn.Module):
             x = block(x, attend)
         cache.length += new
         hidden: Tensor = self.norm(x[:, -1])
+        return hidden
+
+    def step(
+        self,
+        embedded: Tensor,
+        start: Tensor,
+        place: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        """What :meth:`extend` does for one token, with shapes that do not change from token to token.
+
+        Args:
+            embedded: the token before it (R, D); of no matter for the first.
+            start: what stands before the first (D,).
+            place: of the token, 0 to L - 1, int64 ().
+            keys: of each layer (R, heads, T + L, D / heads); place T + ``place`` is filled in.
+            values: the same.
+
+        Returns:
+            (R, D).
+        """
+        x = torch.where(place == 0, start, embedded)[:, None]
+        x = x + self.positions().index_select(0, place[None])
+        slot = (self.prefix.length + place)[None]
+        # masked, not cut off: the shapes stay
+        seen = torch.arange(keys[0].shape[2], device=place.device) <= slot
+        for block, key, value in zip(self.blocks, keys, values, strict=True):
+
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, key: Tensor = key, value: Tensor = value
+            ) -> Tensor:
+                key.index_copy_(2, slot, k)
+                value.index_copy_(2, slot, v)
+                # written out: one query a row is too little for the kernel that attention has on a CPU
+                scores = (q @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
+                return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+            x = block(x, attend)
+        hidden: Tensor = self.norm(x[:, 0])
         return hidden
 
 

@@ -5,7 +5,7 @@ Autoregressive image generation without vector quantization: Li et al., arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -274,13 +274,17 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         predictions: Tensor = self.head(noisy, self.states(latents, cond, known), t)
         return predictions
 
-    def make_cache(self, rows: int) -> KVCache:
+    def make_cache(self, rows: int, compile: bool = False) -> KVCache:
         """An empty cache for ``rows`` sequences, in the model's dtype and on its device.
+
+        Args:
+            rows: R.
+            compile: decode with the compiled step, see ``models.compiled``.
 
         Raises:
             ValueError: if ``rows`` is less than 1.
         """
-        return self.body.make_cache(rows, self)
+        return self.body.make_cache(rows, self, compile)
 
     def prefill(self, cond: Tensor, cache: KVCache) -> None:
         """Run the condition (R, T), or one condition (1, T) for all rows, into an empty cache.
@@ -304,6 +308,20 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             ValueError: if ``latents`` are too many, or fewer than the cache holds, or of another row count.
         """
         self.body.check_decode(latents, cache)
+        count = latents.shape[1]
+        if cache.compiled is not None and count == cache.length:
+            previous = (
+                latents[:, -1] if count else latents.new_zeros(len(latents), latents.shape[2])
+            )
+            out: Tensor | None = cache.compiled(previous, cache)
+            if out is not None:
+                return out
         network = cache.network
         assert isinstance(network, HybridTransformer)
         return network.body.extend(network._causal_inputs(latents, cache.length), cache)
+
+    def step(
+        self, previous: Tensor, place: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """Hidden state (R, D) of token ``place`` () after the latent ``previous`` (R, C); see :meth:`Body.step`."""
+        return self.body.step(self.inputs(previous), self.start, place, keys, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +69,17 @@ class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["
         logits: Tensor = self.head(self.body.forward_causal(self._inputs(ids[:, :-1], 0), cond))
         return logits
 
-    def make_cache(self, rows: int) -> KVCache:
+    def make_cache(self, rows: int, compile: bool = False) -> KVCache:
         """An empty cache for ``rows`` sequences, in the model's dtype and on its device.
+
+        Args:
+            rows: R.
+            compile: decode with the compiled step, see ``models.compiled``.
 
         Raises:
             ValueError: if ``rows`` is less than 1.
         """
-        return self.body.make_cache(rows, self)
+        return self.body.make_cache(rows, self, compile)
 
     def prefill(self, cond: Tensor, cache: KVCache) -> None:
         """Run the condition (R, T), or one condition (1, T) for all rows, into an empty cache.
@@ -101,10 +106,24 @@ class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["
             ValueError: if ``ids`` are too many, or fewer than the cache holds, or of another row count.
         """
         self.body.check_decode(ids, cache)
+        count = ids.shape[1]
+        if cache.compiled is not None and count == cache.length:
+            previous = ids[:, -1] if count else ids.new_zeros(len(ids))
+            out: Tensor | None = cache.compiled(previous, cache)
+            if out is not None:
+                return out
         network = cache.network
         assert isinstance(network, TokenTransformer)
         hidden = network.body.extend(network._inputs(ids, cache.length), cache)
         logits: Tensor = network.head(hidden)
+        return logits
+
+    def step(
+        self, previous: Tensor, place: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """Logits (R, V) of token ``place`` () after ``previous`` (R,); see :meth:`Body.step`."""
+        hidden = self.body.step(self.embedding(previous), self.start, place, keys, values)
+        logits: Tensor = self.head(hidden)
         return logits
 
 

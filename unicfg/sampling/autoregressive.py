@@ -7,6 +7,7 @@ catches up on the tokens so far in a single chunk.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,7 +49,7 @@ class AutoregressiveModel(Protocol):
         """L, the tokens of one sample."""
 
     def make_cache(self, rows: int) -> Any:
-        """An empty :class:`Cache` for R ``rows``."""
+        """An empty :class:`Cache` for R ``rows``; it may take ``compile``, a bool."""
 
     def prefill(self, cond: Tensor, cache: Any) -> None:
         """Run the condition (R, T), or (1, T) for all rows, into the cache."""
@@ -90,6 +91,7 @@ def sample_autoregressive(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    compile: bool = False,
     callback: Callable[[TokenStep], None] | None = None,
 ) -> Tensor:
     """Draw image tokens by extrapolated logits.
@@ -105,6 +107,8 @@ def sample_autoregressive(
         temperature: divides the guided logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens, after guidance.
         top_p: keep the most likely tokens up to this probability, after guidance.
+        compile: decode with a compiled step. The first sampling with a number of rows waits for the compiler; those
+            that follow find it compiled, whatever their prompts.
         callback: called with a :class:`TokenStep` after each token.
 
     Returns:
@@ -127,7 +131,7 @@ def sample_autoregressive(
 
     progresses = [progress_at(index, total) for index in range(total)]
     groups = plan(network, cond, uncond, branches, guidance, progresses)
-    run = CachedBranches(groups, batch)
+    run = CachedBranches(groups, batch, compile)
     ids = cond.new_empty((batch, 0), dtype=torch.long)
     for index, progress in enumerate(progresses):
         outputs = run(ids, guidance.branches_at(progress))
@@ -156,14 +160,18 @@ class CachedBranches:
     Args:
         groups: see :func:`unicfg.sampling.branches.plan`; the networks have ``make_cache``, ``prefill`` and ``decode``.
         batch: B.
+        compile: decode with compiled steps.
+
+    Raises:
+        TypeError: if a network cannot be compiled: its ``make_cache`` takes no ``compile``.
     """
 
-    def __init__(self, groups: Sequence[Group], batch: int) -> None:
+    def __init__(self, groups: Sequence[Group], batch: int, compile: bool = False) -> None:
         self.groups, self.batch = groups, batch
         self.joint: list[Cache] = []
         self.caches: dict[str, Cache] = {}
         for group in groups:
-            joint = group.network.make_cache(batch * len(group.conditions))
+            joint = _make_cache(group.network, batch * len(group.conditions), compile)
             for i, (name, rows) in enumerate(group.conditions.items()):
                 cache = joint.rows(i * batch, (i + 1) * batch)
                 group.network.prefill(rows, cache)
@@ -196,6 +204,17 @@ class CachedBranches:
         for name in names:
             self.caches[name].length = cache.length
         return dict(zip(names, out.split(self.batch), strict=True))
+
+
+def _make_cache(network: Any, rows: int, compile: bool) -> Any:
+    if not compile:
+        return network.make_cache(rows)
+    if "compile" not in inspect.signature(network.make_cache).parameters:
+        raise TypeError(
+            f"compile is True, and make_cache of {type(network).__name__} takes no compile=: expected compile=False, or a "
+            "model that has a compiled step"
+        )
+    return network.make_cache(rows, compile=True)
 
 
 class Uncached:

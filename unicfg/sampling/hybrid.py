@@ -123,6 +123,7 @@ def sample_hybrid(
     solver: Solver = "ddim",
     spacing: Spacing = "uniform",
     temperature: float = 1.0,
+    compile: bool = False,
     callback: Callable[[LatentStep], None] | None = None,
 ) -> Tensor:
     """Draw continuous tokens, guided inside the denoising head.
@@ -144,6 +145,7 @@ def sample_hybrid(
         solver: of the head, see :func:`unicfg.sampling.sample_diffusion`.
         spacing: of the head's times.
         temperature: multiplies the noise that the head starts from; below 1 the tokens are less diverse.
+        compile: with the order "causal", decode with a compiled step, see :func:`sample_autoregressive`.
         callback: called with a :class:`LatentStep` after each token or set of tokens.
 
     Returns:
@@ -185,6 +187,10 @@ def sample_hybrid(
     latents = torch.zeros_like(noise)
     known = torch.zeros(batch, length, dtype=torch.bool, device=cond.device)
     causal = network.order == "causal"
+    if compile and not causal:
+        raise ValueError(
+            "compile is True with a model of the order 'masked', expected 'causal': there is no decode step to compile"
+        )
     edges = list(range(length + 1)) if causal else _edges(length, passes)
     progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
     groups = plan(network, cond, uncond, branches, guidance, progresses)
@@ -198,7 +204,7 @@ def sample_hybrid(
     levels = list(zip(*network.head.path.coefficients(times), strict=True))
     head = _Head(network.head, heads, guidance, guide_at, solver, times, levels)
     if causal:
-        turns = _causal_turns(groups, guidance, progresses, latents)
+        turns = _causal_turns(groups, guidance, progresses, latents, compile)
     else:
         turns = _masked_turns(groups, guidance, progresses, latents, known, edges, sources)
     for turn in turns:
@@ -242,11 +248,15 @@ class _Turn:
 
 
 def _causal_turns(
-    groups: Sequence[Group], guidance: Guidance, progresses: Sequence[float], latents: Tensor
+    groups: Sequence[Group],
+    guidance: Guidance,
+    progresses: Sequence[float],
+    latents: Tensor,
+    compile: bool,
 ) -> Iterator[_Turn]:
     """One token after another; ``latents`` (B, L, C) are filled in between by the caller."""
     batch = len(latents)
-    run = CachedBranches(groups, batch)
+    run = CachedBranches(groups, batch, compile)
     for index, progress in enumerate(progresses):
         states = run(latents[:, :index], guidance.branches_at(progress))
         places = torch.full((batch, 1), index, device=latents.device)

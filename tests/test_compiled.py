@@ -1,0 +1,128 @@
+"""The compiled step draws what the eager one draws, is compiled once, sees new weights, and is optional."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from tiny import wrapped_transformer as wrapped
+from torch._dynamo.utils import counters
+
+from models import HybridTransformer, HybridTransformerConfig, compiled
+from models.compiled import compiled_step
+from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
+from unicfg.guidance import schedules
+from unicfg.sampling.autoregressive import Uncached
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """What the compiler of torch warns of is not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        yield
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the search for the fastest kernels, which takes most of the compiler's time."""
+    monkeypatch.setitem(compiled._OPTIONS, "max_autotune", False)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def draw(model, cond, compile, s=3.0, **options):
+    return sample_autoregressive(
+        model,
+        cond,
+        guidance=s if isinstance(s, Guidance) else Guidance(s),
+        seeds=range(len(cond)),
+        compile=compile,
+        **options,
+    )
+
+
+@needs_compiler
+def test_the_same_tokens_and_compiled_once(quick):
+    model = wrapped()
+    length = model.model.config.condition_length
+    prompts = torch.randint(0, 8, (3, 2, length), generator=torch.Generator().manual_seed(0))
+    first = draw(model, prompts[0], True)
+    assert torch.equal(first, draw(model, prompts[0], False))
+    made = graphs()
+    for cond in prompts[1:]:  # other prompts, other numbers of samples seen so far
+        assert torch.equal(draw(model, cond, True), draw(model, cond, False))
+    assert graphs() == made
+    # an interval that opens late: a chunk is caught up as it is, and only the steps of the cond rows are new
+    late = Guidance(schedules.interval(3.0, 0.4, 0.8))
+    assert torch.equal(draw(model, prompts[0], True, late), draw(model, prompts[0], False, late))
+    assert graphs() == made + 1
+    with torch.no_grad():
+        model.model.head.weight.data.neg_()  # past the version counters of autograd
+    assert torch.equal(draw(model, prompts[0], True), draw(model, prompts[0], False))
+    assert not torch.equal(draw(model, prompts[0], True), first)
+
+
+@needs_compiler
+def test_two_networks_keep_apart(quick):
+    models = [wrapped(), wrapped()]
+    with torch.no_grad():
+        models[1].model.head.weight.neg_()
+    cond = torch.zeros(1, models[0].model.config.condition_length, dtype=torch.long)
+    for _ in range(2):
+        for model in models:
+            assert torch.equal(draw(model, cond, True, 1.0), draw(model, cond, False, 1.0))
+
+
+@needs_compiler
+def test_a_hybrid_decodes_with_it():
+    torch.manual_seed(0)
+    network = HybridTransformer(HybridTransformerConfig(2, 8, 3, 32, 2, 2, latent_channels=3))
+    model = ConditionDropout(network, torch.zeros(3, dtype=torch.long)).eval()
+    cond, options = torch.ones(2, 3, dtype=torch.long), {"guidance": Guidance(2.0), "steps": 3}
+    own = [sample_hybrid(model, cond, seeds=[0, 1], compile=c, **options) for c in (False, True)]
+    torch.testing.assert_close(own[1], own[0])
+
+
+def test_what_is_kept_does_not_keep_the_network_alive():
+    import gc
+    import weakref
+
+    model = wrapped()
+    compiled_step(model.model)
+    alive = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(monkeypatch):
+    def missing(*args, **options):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: missing)
+    model = wrapped()
+    cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
+    with pytest.warns(UserWarning, match="compile=True, but .* no compiler here") as told:
+        ids = draw(model, cond, True)
+        again = draw(model, cond, True)
+    assert len(told) == 1
+    assert torch.equal(ids, draw(model, cond, False)) and torch.equal(again, ids)
+
+
+def test_a_model_without_a_compiled_step_is_named():
+    model = Uncached(lambda ids, cond: torch.zeros(len(ids), 5), 4)
+    cond = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(TypeError, match="compile is True, and make_cache of Uncached"):
+        draw(model, cond, True, uncond=cond[0])
+
+
+def test_there_is_no_step_to_compile_in_the_masked_order():
+    config = HybridTransformerConfig(2, 8, 3, 32, 2, 2, latent_channels=3, order="masked")
+    model = ConditionDropout(HybridTransformer(config), torch.zeros(3, dtype=torch.long)).eval()
+    with pytest.raises(ValueError, match="compile is True with a model of the order 'masked'"):
+        sample_hybrid(model, torch.ones(1, 3, dtype=torch.long), seeds=[0], compile=True)
