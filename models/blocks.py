@@ -154,7 +154,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.logspace(0, 3, self.frequencies, device=t.device)
         angles = t.float()[..., None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded: Tensor = self.net(features.to(self.net[0].weight.dtype))  # type: ignore[arg-type]
+        embedded: Tensor = self.net(features.to(self.net[0].bias.dtype))  # type: ignore[arg-type]
         return embedded
 
 
@@ -203,10 +203,13 @@ class EncodedCondition:
 
     layers: tuple[KeyValue, ...]
 
-    def rows(self, start: int, stop: int) -> EncodedCondition:
-        """The rows from ``start`` up to ``stop``: the same memory."""
+    def take(self, index: Tensor) -> EncodedCondition:
+        """The rows of an index (R,), which may name one more than once."""
+        index = index.to(self.layers[0].key.device)
         return EncodedCondition(
-            tuple(KeyValue(k[start:stop], v[start:stop]) for k, v in self.layers)
+            tuple(
+                KeyValue(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers
+            )
         )
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import AdaLN, AdaLNZero, EncodedCondition, TimeEmbedding, modulate
+from models.blocks import AdaLN, AdaLNZero, EncodedCondition, Modulation, TimeEmbedding, modulate
 from models.body import Body, BodyConfig, check_positive, initialize
+from models.packed import pack
 from tokenizers_vq.hub import StrictHubMixin
 from unicfg.guidance.spaces import Space, check_space
 from unicfg.sampling.paths import PATHS, Path
@@ -50,6 +51,19 @@ def check_path_and_space(path: str, space: str) -> tuple[Path, Space]:
     return PATHS[path], check_space(space)
 
 
+@dataclass(frozen=True)
+class EncodedTime:
+    """What a time does to every block and to the last norm: all that a network needs to know of it.
+
+    Attributes:
+        blocks: one a block, (B, 1, D) each, or (1, 1, D) for all samples.
+        last: of the last norm.
+    """
+
+    blocks: tuple[Modulation, ...]
+    last: AdaLN
+
+
 class LatentDenoiser(nn.Module, StrictHubMixin, library_name="unicfg", tags=["latent-diffusion"]):
     """Predicts x0, eps, v or flow of noisy latents, with the condition as a prefix and the time by adaLN-zero.
 
@@ -85,13 +99,33 @@ class LatentDenoiser(nn.Module, StrictHubMixin, library_name="unicfg", tags=["la
         """What ``forward`` needs to know of condition ids (B, T), to be computed once per sampling."""
         return self.body.encode_condition(cond)
 
-    def forward(self, x: Tensor, cond: Tensor | EncodedCondition, t: Tensor) -> Tensor:
+    def encode_times(self, times: Tensor) -> list[EncodedTime]:
+        """What ``forward`` needs to know of times (N,), for all steps of a sampling at once."""
+        embedding = self.time(times)[:, None]
+        blocks = [_pair(modulation(embedding)) for modulation in self.modulations]
+        (last,) = self.last(embedding)
+
+        def at(i: int) -> EncodedTime:
+            def only(by: AdaLN) -> AdaLN:
+                return AdaLN(*(part[i : i + 1] for part in by))
+
+            return EncodedTime(tuple((only(a), only(b)) for a, b in blocks), only(last))
+
+        return [at(i) for i in range(len(times))]
+
+    def for_sampling(self) -> LatentDenoiser:
+        """The same network with its weights in the layout that is fastest here, see ``models.packed``."""
+        return pack(self)
+
+    def forward(
+        self, x: Tensor, cond: Tensor | EncodedCondition, t: Tensor | EncodedTime
+    ) -> Tensor:
         """The prediction for noisy latents.
 
         Args:
             x: noisy latents (B, C, h, w).
             cond: condition ids (B, T), or what ``encode_condition`` made of them.
-            t: time in [0, 1], 1 is pure noise, (B,).
+            t: time in [0, 1], 1 is pure noise, (B,); or what ``encode_times`` made of one for all samples.
 
         Returns:
             (B, C, h, w) in the space of the configuration.
@@ -99,17 +133,23 @@ class LatentDenoiser(nn.Module, StrictHubMixin, library_name="unicfg", tags=["la
         Raises:
             ValueError: if the shapes do not fit the configuration.
         """
-        if x.shape[1:] != self.latent_shape or t.shape != x.shape[:1]:
+        if x.shape[1:] != self.latent_shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)} and t {tuple(t.shape)}, "
-                f"expected (B, {', '.join(map(str, self.latent_shape))}) and (B,)"
+                f"x has shape {tuple(x.shape)}, expected (B, {', '.join(map(str, self.latent_shape))})"
             )
+        if isinstance(t, Tensor):
+            if t.shape != x.shape[:1]:
+                raise ValueError(
+                    f"t has shape {tuple(t.shape)} for x {tuple(x.shape)}, expected (B,)"
+                )
+            embedding = self.time(t)[:, None]
+            modulations = [_pair(modulation(embedding)) for modulation in self.modulations]
+            (last,) = self.last(embedding)
+            t = EncodedTime(tuple(modulations), last)
         patch, side = self.config.patch, self.config.grid // self.config.patch
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
-        embedding = self.time(t)[:, None]
-        modulations = [_pair(modulation(embedding)) for modulation in self.modulations]
-        hidden = self.body(self.inputs(tokens) + self.body.positions(), cond, None, modulations)
-        out = self.outputs(modulate(hidden, self.last(embedding)[0]))
+        hidden = self.body(self.inputs(tokens) + self.body.positions(), cond, None, t.blocks)
+        out = self.outputs(modulate(hidden, t.last))
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (side, side)), patch)
 
 

@@ -23,6 +23,7 @@ from models.blocks import (
 )
 from models.body import Body, BodyConfig, check_positive, initialize, previous_tokens
 from models.denoiser import check_path_and_space
+from models.packed import pack
 from tokenizers_vq.hub import StrictHubMixin
 
 Denoise = Callable[[Tensor], Tensor]
@@ -211,6 +212,10 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
     def encode_condition(self, cond: Tensor | EncodedCondition) -> EncodedCondition:
         """What ``states`` needs to know of condition ids (B, T), to be computed once per sampling."""
         return self.body.encode_condition(cond)
+
+    def for_sampling(self) -> HybridTransformer:
+        """The same network with its weights in the layout that is fastest here, see ``models.packed``."""
+        return pack(self)
 
     def _causal_inputs(self, latents: Tensor, first: int) -> Tensor:
         embedded = self.inputs(latents[:, max(first - 1, 0) :])

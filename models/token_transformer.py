@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.blocks import EncodedCondition, KVCache
 from models.body import Body, BodyConfig, check_positive, initialize, previous_tokens
+from models.packed import pack
 from tokenizers_vq.hub import StrictHubMixin
 
 
@@ -157,6 +158,10 @@ class MaskedTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
     def encode_condition(self, cond: Tensor | EncodedCondition) -> EncodedCondition:
         """What ``forward`` needs to know of condition ids (B, T), to be computed once per sampling."""
         return self.body.encode_condition(cond)
+
+    def for_sampling(self) -> MaskedTransformer:
+        """The same network with its weights in the layout that is fastest here, see ``models.packed``."""
+        return pack(self)
 
     def forward(self, ids: Tensor, cond: Tensor | EncodedCondition) -> Tensor:
         """Logits of every token given those that are not masked.

@@ -335,38 +335,64 @@ def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any
 class WholeGridPass:
     """Networks that see the whole sample at every step, called once a step for all branches that each of them runs.
 
-    A network is any callable ``network(x, cond, *rest)`` on rows. Where it has a method
-    ``encode_condition(cond)``, the conditions go through that once per sampling, and the result takes the place of
-    ``cond`` in every call; it must have a method ``rows(start, stop)``.
+    A network is any callable ``network(x, cond, *rest)`` on rows, or ``network(x, cond, t)`` for a denoiser. What it
+    has of the following is used, once per sampling:
+
+    - ``for_sampling()``: a network that computes the same, and is called in its place;
+    - ``encode_condition(cond)``: what takes the place of ``cond`` in every call; it has a method ``take(index)``, the
+      rows (R,) of an index, which may name one more than once: what all samples share is encoded once;
+    - ``encode_times(times (N,))``: a list of what takes the place of ``t``, the same for all rows.
 
     Args:
         groups: see :func:`plan`.
         guidance: scale, schedule and mitigations.
         batch: B.
+        times: of a denoiser, those that it will be called with.
+        device: of x, for the times.
     """
 
-    def __init__(self, groups: Sequence[Group], guidance: Guidance, batch: int) -> None:
-        self.groups, self.guidance, self.batch = groups, guidance, batch
-        self.encoded = [self._encode(group) for group in groups]
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        guidance: Guidance,
+        batch: int,
+        times: Sequence[float] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.guidance, self.batch = guidance, batch
+        self.groups = [Group(_own_form(group.network), group.conditions) for group in groups]
+        self.encoded = [self._encode(group) for group in self.groups]
+        self.encoded_times = [_encode_times(group.network, times, device) for group in self.groups]
 
     def _encode(self, group: Group) -> dict[tuple[str, ...], Any]:
         """The conditions of every stretch of branches that a step may need."""
-        names = tuple(group.conditions)
-        joint: Any = torch.cat(
-            [rows.expand(self.batch, *rows.shape[1:]) for rows in group.conditions.values()]
-        )
+        own = list(group.conditions.values())
         encode = getattr(group.network, "encode_condition", None)
-        joint = encode(joint) if encode is not None else joint
-        parts: dict[tuple[str, ...], Any] = {names: joint}
-        for first in range(len(names)):
-            for last in range(first, len(names)):
-                start, stop = first * self.batch, (last + 1) * self.batch
-                part = joint.rows(start, stop) if encode is not None else joint[start:stop]
-                parts.setdefault(names[first : last + 1], part)
+        joint: Any = torch.cat(own)
+        joint = joint if encode is None else encode(joint)
+        # a condition that serves all samples is one row, taken B times
+        starts = itertools.accumulate([len(rows) for rows in own], initial=0)
+        places = [
+            torch.arange(start, start + len(rows)).expand(self.batch)
+            for start, rows in zip(starts, own, strict=False)
+        ]
+        names = tuple(group.conditions)
+        parts: dict[tuple[str, ...], Any] = {}
+        for first, last in itertools.combinations(range(len(names) + 1), 2):
+            index = torch.cat(places[first:last])
+            parts[names[first:last]] = (
+                joint[index.to(joint.device)] if encode is None else joint.take(index)
+            )
         return parts
 
     def __call__(
-        self, progress: float, step: str, x: Tensor, *rest: Tensor, level: Level | None = None
+        self,
+        progress: float,
+        step: str,
+        x: Tensor,
+        *rest: Tensor,
+        t: float | None = None,
+        level: Level | None = None,
     ) -> Guided:
         """Run the branches that ``progress`` needs on x (B, ...) and guide them.
 
@@ -375,25 +401,50 @@ class WholeGridPass:
             step: what to call this step in an error.
             x: (B, ...), the same for every branch.
             rest: further arguments of the network, (B, ...) each.
+            t: of a denoiser, the time of x.
             level: of a denoiser, the noise level of x.
 
         Raises:
             ValueError: if the outputs of two branches differ in shape.
             FloatingPointError: if an output holds NaN or +inf.
         """
-        return combine(self.guidance, progress, self.branches(progress, x, *rest), step, level)
+        return combine(self.guidance, progress, self.branches(progress, x, *rest, t=t), step, level)
 
-    def branches(self, progress: float, x: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+    def branches(
+        self, progress: float, x: Tensor, *rest: Tensor, t: float | None = None
+    ) -> dict[str, Tensor]:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed = self.guidance.branches_at(progress)
         parts: dict[str, Tensor] = {}
-        for group, encoded in zip(self.groups, self.encoded, strict=True):
+        for group, encoded, times in zip(
+            self.groups, self.encoded, self.encoded_times, strict=True
+        ):
             for names in group.runs(needed):
                 count = len(names)
-                out = group.network(
-                    torch.cat([x] * count),
-                    encoded[names],
-                    *(torch.cat([value] * count) for value in rest),
-                )
+                more: list[Any] = [torch.cat([value] * count) for value in rest]
+                if t is not None:
+                    rows = (len(x) * count,)
+                    known = times.get(t)
+                    more.append(
+                        torch.full(rows, t, dtype=x.dtype, device=x.device)
+                        if known is None
+                        else known
+                    )
+                out = group.network(torch.cat([x] * count), encoded[names], *more)
                 parts.update(zip(names, out.split(self.batch), strict=True))
         return {name: parts[name] for name in needed}
+
+
+def _own_form(network: Any) -> Any:
+    """The network as it is to be called in a sampling."""
+    return network.for_sampling() if hasattr(network, "for_sampling") else network
+
+
+def _encode_times(
+    network: Any, times: Sequence[float], device: torch.device | None
+) -> dict[float, Any]:
+    if not times or not hasattr(network, "encode_times"):
+        return {}
+    distinct = list(dict.fromkeys(times))
+    encoded = network.encode_times(torch.tensor(distinct, device=device))
+    return dict(zip(distinct, encoded, strict=True))

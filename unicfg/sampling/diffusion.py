@@ -123,7 +123,8 @@ def sample_diffusion(
         alpha, sigma = path.coefficients(grid[:-1])
         guidance = _at_levels(guidance, (sigma / alpha).tolist())
         groups = plan(network, cond, uncond, branches, guidance, progresses)
-        evaluate = _evaluation(WholeGridPass(groups, guidance, len(cond)), path, space)
+        run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device)
+        evaluate = _evaluation(run, path, space)
         x = noise * path.coefficients(grid)[1][0]
         return integrate(
             evaluate, x, grid, path, space, solver, eta, sources, pin=pin, callback=callback
@@ -137,7 +138,8 @@ def sample_diffusion(
     progresses = [progress_at(i, len(scheduled.timesteps)) for i in range(len(scheduled.timesteps))]
     guidance = _at_levels(guidance, scheduled.ratios)
     groups = plan(network, cond, uncond, branches, guidance, progresses)
-    evaluate = _evaluation(WholeGridPass(groups, guidance, len(cond)), path, space)
+    run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device)
+    evaluate = _evaluation(run, path, space)
     return scheduled.sample(evaluate, noise, sources, pin, callback)
 
 
@@ -152,8 +154,7 @@ def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluat
         level = None
         if guided_pass.guidance.mitigations:
             level = Level(x, *path.coefficients(torch.tensor(t, dtype=torch.float64)), space)
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        guided = guided_pass(progress, f"step {index}", x, times, level=level)
+        guided = guided_pass(progress, f"step {index}", x, t=t, level=level)
         if guided.out.shape != x.shape:
             raise ValueError(
                 f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"

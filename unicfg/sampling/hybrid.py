@@ -297,6 +297,10 @@ class _States:
     def encode_condition(self, cond: Tensor) -> Any:
         return self.network.encode_condition(cond)
 
+    def for_sampling(self) -> _States:
+        own = getattr(self.network, "for_sampling", None)
+        return self if own is None else _States(own())
+
     def __call__(self, latents: Tensor, cond: Any, known: Tensor) -> Tensor:
         states: Tensor = self.network.states(latents, cond, known)
         return states

@@ -156,17 +156,22 @@ def sample_masked(
             continue
         guided = run(progress, f"step {index}", ids)
         _check_logits(guided.out, ids, network.mask_token)
-        logits = _drawable(guided.out, masked, index)
-        drawn = draw(choose(logits), noise[:, 0])
-        if places is None:
-            # of the guided softmax itself: after temperature and filters every token may be certain
-            confidence = logits.double().log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
-            gumbel = -(-noise[:, 1].clamp(min=1e-300).log()).log()
-            score = confidence + choice_noise * (1 - (index + 1) / steps) * gumbel
+        if places is not None:
+            # the places are known beforehand: nothing else need be drawn
+            kept = _highest(-places.double().expand_as(ids), masked, counts[index])
+            logits = _drawable(guided.out[kept], index)
+            ids = ids.clone()
+            ids[kept] = draw(choose(logits), noise[:, 0][kept])
         else:
-            score = -places.double().expand_as(ids)
-        kept = _highest(score, masked, counts[index])
-        ids = torch.where(kept, drawn, ids)
+            logits = _drawable(guided.out[masked], index)
+            drawn = draw(choose(logits), noise[:, 0][masked])
+            # of the guided softmax itself: after temperature and filters every token may be certain
+            confidence = logits.double().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
+            gumbel = -(-noise[:, 1][masked].clamp(min=1e-300).log()).log()
+            score = torch.zeros_like(noise[:, 0])
+            score[masked] = confidence + choice_noise * (1 - (index + 1) / steps) * gumbel
+            kept = _highest(score, masked, counts[index])
+            ids = torch.where(kept, ids.masked_scatter(masked, drawn), ids)
         masked = masked & ~kept
         if callback is not None:
             callback(UnmaskingStep(index, progress, guided.scale, ids, guided.out, guided.outputs))
@@ -255,18 +260,17 @@ def _check_logits(logits: Tensor, ids: Tensor, mask_token: int) -> None:
         )
 
 
-def _drawable(logits: Tensor, masked: Tensor, index: int) -> Tensor:
-    """The logits (B, L, V), if there is something to draw wherever it is needed.
+def _drawable(logits: Tensor, index: int) -> Tensor:
+    """The logits (N, V) of tokens that are to be drawn, if there is something to draw in each.
 
     Raises:
-        FloatingPointError: if all logits of a masked token are -inf.
+        FloatingPointError: if all logits of a token are -inf.
     """
-    empty = logits.amax(-1).isneginf()
-    if bool((empty & masked).any()):
+    if bool(logits.amax(-1).isneginf().any()):
         raise FloatingPointError(
             f"no token can be drawn at step {index}: the guided logits mask every one"
         )
-    return logits.masked_fill(empty[..., None], 0.0)  # known tokens are drawn in vain, but drawn
+    return logits
 
 
 def _start(

@@ -69,6 +69,11 @@ class Scheduled:
         """Sigma / alpha at each timestep."""
         return [tau / (1 - tau) if tau < 1 else math.inf for tau in self.taus]
 
+    @property
+    def times(self) -> list[float]:
+        """The model's time at each timestep."""
+        return [self._model_level(i)[2] for i in range(len(self.timesteps))]
+
     def sample(
         self,
         evaluate: Evaluate,
