@@ -1,42 +1,44 @@
-"""Guided autoregressive decoding, side by side with transformers' ``generate(guidance_scale=)``.
+"""Guided autoregressive decoding beside transformers, x-transformers, and a loop written for nothing else.
 
-    python benchmarks/autoregressive.py --out benchmarks/results
+    python benchmarks/autoregressive.py --rounds 5 --out benchmarks/results
 
-Two models of the same size with random weights: vocabulary 1,024, width 384, 6 layers, 6 heads, SwiGLU inner 1,024,
-a prefix of 16 condition tokens, then 256 tokens at scale 3 and temperature 1 with no top-k. The cases run in turn,
-round after round, in one process, so that a machine that slows down slows down all of them; the table gives medians
-with the whole range, and ratios of medians. Milliseconds depend on the machine: read the ratios.
+Models of the same size with random weights: vocabulary 1,024, width 384, 6 layers, 6 heads, SwiGLU inner 1,024, a prefix
+of 16 condition tokens, then 256 tokens at scale 3 and temperature 1 with no top-k.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable
-from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from timing import Case, Group, device, report
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from models import TokenTransformer, TokenTransformerConfig
 from unicfg import ConditionDropout, Guidance, sample_autoregressive
+from unicfg.guidance import schedules
 
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 1024, 384, 6, 6, 1024
 PREFIX, TOKENS, SCALE = 16, 256, 3.0
+OURS, COMPILED = "unicfg, guided", "unicfg, guided, compiled"
+PLAIN, PLAIN_COMPILED = "unicfg, s = 1", "unicfg, s = 1, compiled"
+LATE = "unicfg, guided from 60 % on"
+THEIRS = "transformers generate(guidance_scale=3)"
+BATCHED, MINIMAL = (
+    "transformers, both branches in one batch",
+    "a minimal loop, compiled, guided",
+)
 
-Case = Callable[[], torch.Tensor]
 
-
-def our_cases(batch: int) -> dict[str, Case]:
-    """unicfg, without and with guidance."""
+def our_model() -> TokenTransformer:
+    """With random weights."""
     config = TokenTransformerConfig(
         codebook_size=VOCABULARY,
         grid=16,
@@ -46,18 +48,42 @@ def our_cases(batch: int) -> dict[str, Case]:
         depth=LAYERS,
         heads=HEADS,
     )
-    null = torch.zeros(PREFIX, dtype=torch.long)
-    model = ConditionDropout(TokenTransformer(config), null).eval()
-    cond = torch.randint(1, VOCABULARY, (batch, PREFIX))
+    return TokenTransformer(config).eval().to(device())
 
-    def sample(s: float) -> torch.Tensor:
-        return sample_autoregressive(model, cond, guidance=Guidance(s), seeds=range(batch))
 
-    return {"unicfg": lambda: sample(1.0), "unicfg, guided": lambda: sample(SCALE)}
+def our_cases(batch: int, model: TokenTransformer) -> dict[str, Case]:
+    """Without and with guidance, eager and compiled, and guided for the last 40 % of the tokens only."""
+    null = torch.zeros(PREFIX, dtype=torch.long, device=device())
+    wrapped = ConditionDropout(model, null).eval()
+    cond = torch.randint(1, VOCABULARY, (batch, PREFIX), device=device())
+
+    def sample(scale: Any, compile: bool = False) -> Tensor:
+        return sample_autoregressive(
+            wrapped, cond, guidance=Guidance(scale), seeds=range(batch), compile=compile
+        )
+
+    return {
+        PLAIN: lambda: sample(1.0),
+        OURS: lambda: sample(SCALE),
+        LATE: lambda: sample(schedules.interval(SCALE, 0.6, 1.0)),
+        PLAIN_COMPILED: lambda: sample(1.0, True),
+        COMPILED: lambda: sample(SCALE, True),
+    }
+
+
+class InOneBatch(LogitsProcessor):  # type: ignore[misc]
+    """Guidance for rows [cond; uncond], and the same noise for both, so that the likeliest token is a draw."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The guided logits with Gumbel noise, twice."""
+        cond, uncond = scores.chunk(2)
+        guided = torch.lerp(uncond, cond, SCALE)
+        drawn = guided - torch.empty_like(guided).exponential_().log()
+        return torch.cat([drawn, drawn])
 
 
 def transformers_cases(batch: int) -> dict[str, Case]:
-    """A Llama of the same size, without and with ``guidance_scale``."""
+    """A Llama of the same size: unguided, with ``guidance_scale``, and with both branches in one batch."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -68,105 +94,167 @@ def transformers_cases(batch: int) -> dict[str, Case]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
-    cond = torch.randint(1, VOCABULARY, (batch, PREFIX))
+    model = LlamaForCausalLM(config).eval().to(device())
+    cond = torch.randint(1, VOCABULARY, (batch, PREFIX), device=device())
     null = torch.zeros_like(cond)
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": True}
-    options |= {"top_k": 0, "attention_mask": torch.ones_like(cond), "pad_token_id": 0}
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
+    drawing = options | {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(cond)}
+    both = torch.cat([cond, null])
 
-    def guided() -> torch.Tensor:
-        return model.generate(cond, guidance_scale=SCALE, negative_prompt_ids=null, **options)
+    def guided() -> Tensor:
+        return model.generate(cond, guidance_scale=SCALE, negative_prompt_ids=null, **drawing)
+
+    def in_one_batch() -> Tensor:
+        return model.generate(
+            both,
+            do_sample=False,
+            logits_processor=[InOneBatch()],
+            attention_mask=torch.ones_like(both),
+            **options,
+        )
 
     return {
-        "transformers generate": lambda: model.generate(cond, **options),
-        "transformers generate(guidance_scale=3)": guided,
+        "transformers generate, s = 1": lambda: model.generate(cond, **drawing),
+        THEIRS: guided,
+        BATCHED: in_one_batch,
     }
 
 
-def measure(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every case in every round, after one round of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for i in range(rounds + 1):
-        for name, case in cases.items():
-            began = time.perf_counter()
-            case()
-            if i > 0:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+def x_transformers_case(batch: int) -> dict[str, Case]:
+    """A decoder of the same size, in a loop over its cache with both branches in one batch; it has no guidance."""
+    from x_transformers import Decoder, TransformerWrapper
+
+    layers = Decoder(
+        dim=WIDTH,
+        depth=LAYERS,
+        heads=HEADS,
+        attn_dim_head=WIDTH // HEADS,
+        ff_swish=True,
+        ff_glu=True,
+        ff_mult=INNER / WIDTH,
+        ff_no_bias=True,
+        use_rmsnorm=True,
+        rotary_pos_emb=True,
+        attn_flash=True,
+    )
+    model = TransformerWrapper(
+        num_tokens=VOCABULARY, max_seq_len=PREFIX + TOKENS, attn_layers=layers
+    )
+    model = model.eval().to(device())
+    ids = torch.randint(1, VOCABULARY, (2 * batch, PREFIX), device=device())
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        seen, cache = ids, None
+        for _ in range(TOKENS):
+            logits, cache = model(seen, cache=cache, return_intermediates=True)
+            cond, uncond = logits[:, -1].chunk(2)
+            token = torch.lerp(uncond, cond, SCALE).softmax(-1).multinomial(1)
+            seen = torch.cat([seen, torch.cat([token, token])], dim=1)
+        return seen
+
+    return {"x-transformers, both branches in one batch": loop}
 
 
-def table(seconds: dict[str, list[float]], batch: int) -> list[str]:
-    """Markdown rows: milliseconds a step with their range, tokens a second, and cost of guidance."""
-    lines = [
-        f"Batch {batch}:",
-        "",
-        "| case | ms a step, median (range) | tokens/s | time against its unguided form |",
-        "|---|--:|--:|--:|",
+def minimal_case(model: TokenTransformer) -> dict[str, Case]:
+    """The least that can be written for one prompt: one compiled function, no checks, no options."""
+    body = model.body
+    sizes = (2, HEADS, PREFIX + TOKENS, WIDTH // HEADS)
+    keys, values = ([torch.zeros(sizes) for _ in range(LAYERS)] for _ in range(2))
+
+    def step(ids: Tensor, place: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        x = model.embedding(ids)[:, None] + body.positions().index_select(0, place[None])
+        slot = (place + PREFIX)[None]
+        hidden = torch.arange(PREFIX + TOKENS) > slot
+        for block, key, value in zip(body.blocks, keys, values, strict=True):
+            q, k, v = block.qkv(block.norm1(x)).view(2, 3, HEADS, 1, WIDTH // HEADS).unbind(1)
+            key.index_copy_(2, slot, k)
+            value.index_copy_(2, slot, v)
+            scores = (q @ key.transpose(-1, -2)) * (WIDTH // HEADS) ** -0.5
+            mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+            x = x + block.out(mixed.transpose(1, 2).reshape(2, 1, WIDTH))
+            weight, up = block.gate_up(block.norm2(x)).chunk(2, dim=-1)
+            x = x + block.down(F.silu(weight) * up)
+        cond, uncond = model.head(body.norm(x[:, 0])).chunk(2)
+        return torch.lerp(uncond, cond, SCALE).softmax(-1)
+
+    fast = torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    cond = torch.randint(1, VOCABULARY, (2, PREFIX))
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        with torch._inductor.config.patch(freezing=True, autotune_num_choices_displayed=0):
+            for layer, (key, value) in enumerate(model.body.encode_condition(cond).layers):
+                keys[layer][:, :, :PREFIX] = key
+                values[layer][:, :, :PREFIX] = value
+            ids, drawn = torch.zeros(2, dtype=torch.long), []
+            for place in range(TOKENS):
+                ids = fast(ids, torch.tensor(place), keys, values).multinomial(1)[0].expand(2)
+                ids = ids.clone()
+                drawn.append(ids[:1])
+            return torch.cat(drawn)
+
+    return {MINIMAL: loop}
+
+
+def group(batch: int, compiled: bool) -> Group:
+    """All cases of a batch size."""
+    model = our_model()
+    cases = our_cases(batch, model)
+    if not compiled:
+        cases = {name: case for name, case in cases.items() if "compiled" not in name}
+    cases |= transformers_cases(batch) | x_transformers_case(batch)
+    ratios = [
+        (f"guided, against `{THEIRS}`", OURS, THEIRS, "2.2" if batch == 1 else "2"),
+        (f"guided, against `{BATCHED}`", OURS, BATCHED, "1.6"),
+        ("unguided, against guided from 60 % on", LATE, PLAIN, "at least 0.80"),
+        ("unguided, against guided", OURS, PLAIN, "-"),
     ]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, values in seconds.items():
-        low, middle, high = (1000 * v / TOKENS for v in (min(values), medians[name], max(values)))
-        base = "unicfg" if name.startswith("unicfg") else "transformers generate"
-        lines.append(
-            f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {batch * TOKENS / medians[name]:.0f} | {medians[name] / medians[base]:.2f} |"
+    if compiled:
+        cases |= minimal_case(model) if batch == 1 and device().type == "cpu" else {}
+        wanted = "5" if batch == 1 else "2.4"
+        ratios.append((f"guided, compiled, against `{THEIRS}`", COMPILED, THEIRS, wanted))
+        ratios.append(
+            ("unguided, against guided, both compiled", COMPILED, PLAIN_COMPILED, "at least 0.80")
         )
-    ratio = medians["transformers generate(guidance_scale=3)"] / medians["unicfg, guided"]
-    return [
-        *lines,
-        "",
-        f"Guided tokens a second, unicfg against transformers: **{ratio:.1f}x**",
-        "",
-    ]
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    name = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        fields = dict(
-            line.split(":", 1)
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
+    if MINIMAL in cases:
+        ratios.append(
+            (f"guided, compiled, against `{MINIMAL}`", COMPILED, MINIMAL, "at least 0.87")
         )
-        name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    weights = sum(p.nbytes for p in model.body.blocks.parameters()) + model.head.weight.nbytes
+    # a step reads the weights once and, on average, half of the cache
+    row = 2 * LAYERS * WIDTH * 4 * (PREFIX + TOKENS / 2)
+    read = {
+        name: TOKENS * (weights + row * batch * (1 if name in (PLAIN, PLAIN_COMPILED) else 2))
+        for name in cases
+        if name.startswith("unicfg") and name != LATE
+    }
+    return Group(f"Batch {batch}", cases, ("token", TOKENS), tuple(ratios), read)
 
 
 def main() -> None:
     """Measure, print, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for autoregressive.md and .json")
+    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the plot")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="transformers")
+    warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    command = "python benchmarks/autoregressive.py --batches " + " ".join(map(str, options.batches))
-    command += f" --rounds {options.rounds}"
-    lines = ["# Guided autoregressive decoding", "", f"{date.today()}, {machine()}, {versions}"]
-    lines += ["", f"    {command}", ""]
-    results = {}
-    for batch in options.batches:
-        seconds = measure(our_cases(batch) | transformers_cases(batch), options.rounds)
-        results[str(batch)] = seconds
-        lines += table(seconds, batch)
-    text = "\n".join(lines)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "autoregressive.md").write_text(text)
-        record = {
-            "machine": machine(),
-            "versions": versions,
-            "command": command,
-            "seconds": results,
-        }
-        (options.out / "autoregressive.json").write_text(json.dumps(record, indent=2) + "\n")
+    packages = ("torch", "transformers", "x-transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    command = f"python benchmarks/autoregressive.py --batches {' '.join(map(str, options.batches))}"
+    report(
+        "autoregressive",
+        "Guided autoregressive decoding",
+        [group(batch, compiled=True) for batch in options.batches],
+        options.rounds,
+        f"{command} --rounds {options.rounds}",
+        versions,
+        options.out,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from models.denoiser import LatentDenoiser
 from models.hybrid import HybridTransformer
@@ -42,6 +46,7 @@ from unicfg.sampling import (
     sample_masked,
 )
 from unicfg.sampling.hybrid import PASSES
+from unicfg.sampling.randomness import check_seeds
 from unicfg.training.dropout import ConditionDropout
 
 Network = TokenTransformer | MaskedTransformer | LatentDenoiser | HybridTransformer
@@ -54,16 +59,39 @@ MODEL_CLASSES: dict[str, type[Network]] = {
 }
 # what each family can be told beyond seeds, guidance and callback
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "ar": ("temperature", "top_k", "top_p"),
-    "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "init_image", "mask"),
-    "diffusion": ("steps", "solver", "scheduler", "init_image", "mask"),
-    "flow": ("steps", "solver", "scheduler", "init_image", "mask"),
-    "hybrid": ("steps", "solver", "temperature", "guide_at"),
+    "ar": ("temperature", "top_k", "top_p", "compile"),
+    "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "refresh", "init_image", "mask"),
+    "diffusion": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
+    "flow": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
+    "hybrid": ("steps", "solver", "temperature", "guide_at", "compile"),
 }
+
+
+class Options(TypedDict, total=False):
+    """What a call can say beyond prompts, seeds, guidance, branches and callback; see :meth:`TextToImage.__call__`."""
+
+    steps: int | None
+    solver: str | None
+    scheduler: Any
+    reveal: str | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guide_at: str | None
+    refresh: int
+    compile: bool
+    init_image: Image.Image | Tensor | None
+    mask: Image.Image | Tensor | None
+
+
+# what says nothing, besides None: any family can be told so
+SILENT: dict[str, Any] = {"temperature": 1.0, "refresh": 1, "compile": False}
 # unless told otherwise
 STEPS = {"masked": 16, "diffusion": 30, "flow": 30, "hybrid": 20}
 # the order by confidence sharpens the distribution by itself, which hides what guidance adds; a fixed order does not
 REVEAL = "halton"
+# images a batch; beyond this nothing is gained
+MOST_AT_ONCE = 64
 SOLVERS = {"diffusion": "dpmpp_2m", "flow": "dpmpp_2m", "hybrid": "ddim"}
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ar": sample_autoregressive,
@@ -162,45 +190,128 @@ class TextToImage:
         seeds: Sequence[int],
         guidance: Guidance | None = None,
         branches: Mapping[str, BranchLike] | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        scheduler: Any | None = None,
-        reveal: str | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guide_at: str | None = None,
-        init_image: Image.Image | Tensor | None = None,
-        mask: Image.Image | Tensor | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
         callback: Callable[[Any], None] | None = None,
+        **options: Unpack[Options],
     ) -> Tensor:
         """Like calling the pipeline, same arguments, but returns images (B, 3, H, W) in [-1, 1]."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
-        options: dict[str, Any] = {
-            "steps": steps,
-            "solver": solver,
-            "scheduler": scheduler,
-            "reveal": reveal,
-            "temperature": None if temperature == 1.0 else temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "guide_at": guide_at,
-            "init_image": init_image,
-            "mask": mask,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        for name, value in given.items():
+        seeds = check_seeds(seeds, len(prompts))
+        given = self._given(options)
+        jobs = _Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
+        size = self._batch_size(batch_size, jobs)
+        finished: list[Tensor] = []
+        start = 0
+        with tqdm(total=len(prompts), desc="drawing", unit="image", disable=not progress) as bar:
+            while start < len(prompts):
+                part = jobs.part(start, min(start + size, len(prompts)))
+                try:
+                    finished.append(self._draw(part, given, callback))
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error) or len(part.prompts) == 1:
+                        raise
+                    size = -(-len(part.prompts) // 2)
+                    warnings.warn(
+                        f"{len(part.prompts)} images at once do not fit into memory: going on with batch_size={size}",
+                        stacklevel=2,
+                    )
+                    continue
+                start += len(part.prompts)
+                bar.update(len(part.prompts))
+        return torch.cat(finished)
+
+    def memory_needed(self, images: int, *, branches: int = 2) -> int:
+        """About how many bytes a batch takes besides the weights: caches, hidden states, logits and pixels.
+
+        The keys and values of a cached family are exact; the rest is counted from the sizes of the largest tensors that
+        are alive together.
+
+        Args:
+            images: of one batch.
+            branches: rows of each image in a pass; 2 with guidance.
+
+        Raises:
+            ValueError: if one is less than 1.
+        """
+        for name, value in (("images", images), ("branches", branches)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        config, rows = self.network.config, images * branches
+        itemsize = next(self.network.parameters()).element_size()
+        tokens = config.grid**2 // getattr(config, "patch", 1) ** 2
+        held = 2 * config.depth * config.width * (config.condition_length + tokens)  # keys, values
+        if self.family in ("ar", "hybrid"):
+            a_row = held + 16 * config.width
+        else:
+            # of the prefix only; hidden states, projections and feed-forward of one layer at a time
+            held = 2 * config.depth * config.width * config.condition_length
+            a_row = 2 * held + 14 * config.width * (tokens + config.condition_length)
+        vocabulary = getattr(config, "codebook_size", 0)
+        scored = tokens if self.family == "masked" else 1
+        # logits of each row, guided ones, and probabilities with their sums in float64
+        logits = rows * scored * vocabulary * itemsize + images * scored * vocabulary * (
+            itemsize + 24
+        )
+        size, own = self.tokenizer.config.image_size, self.tokenizer.config
+        pixels = images * size**2 * own.width * 4 * 4
+        return rows * a_row * itemsize + max(logits, pixels)
+
+    def _batch_size(self, wanted: int | None, jobs: _Jobs) -> int:
+        """How many images to draw at once."""
+        if wanted is not None:
+            if wanted < 1:
+                raise ValueError(f"batch_size is {wanted}, expected at least 1, or None")
+            if wanted < len(jobs.prompts) and not jobs.can_be_split():
+                raise ValueError(
+                    f"batch_size is {wanted} for {len(jobs.prompts)} prompts, and guidance or branches hold a tensor with "
+                    "an entry for each: expected None, or a call for each batch"
+                )
+            return wanted
+        if not jobs.can_be_split():
+            return len(jobs.prompts)
+        count = 2 if jobs.guidance is None else len(jobs.guidance.branch_names)
+        fitting = _free_memory(self.device) // 2 // self.memory_needed(1, branches=count)
+        return max(1, min(fitting, MOST_AT_ONCE))
+
+    def _given(self, options: Options) -> dict[str, Any]:
+        """The options that say something.
+
+        Raises:
+            TypeError: if there is no such option.
+            ValueError: if the family does not have one.
+        """
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in Options.__annotations__:
+                raise TypeError(
+                    f"{name} is no option, expected some of {', '.join(Options.__annotations__)}"
+                )
+            if value is None or (name in SILENT and value == SILENT[name]):
+                continue
             if name not in OPTIONS[self.family]:
                 shown = type(value).__name__ if name in ("init_image", "mask") else repr(value)
                 raise ValueError(
                     f"{name} is {shown}, which the family {self.family} does not have; "
                     f"its options are {', '.join(OPTIONS[self.family])}"
                 )
-        known, keep = self._known_region(
-            given.pop("init_image", None), given.pop("mask", None), len(prompts)
-        )
-        shared: dict[str, Any] = {"seeds": seeds, "guidance": guidance, "callback": callback}
+            given[name] = value
+        return given
+
+    def _draw(
+        self, jobs: _Jobs, given: Mapping[str, Any], callback: Callable[[Any], None] | None
+    ) -> Tensor:
+        """Images (B, 3, H, W) of one batch."""
+        prompts, branches = jobs.prompts, jobs.branches
+        given = dict(given)
+        given.pop("init_image", None)
+        known, keep = self._known_region(jobs.init_image, given.pop("mask", None), len(prompts))
+        shared: dict[str, Any] = {
+            "seeds": jobs.seeds,
+            "guidance": jobs.guidance,
+            "callback": callback,
+        }
         cond = self.encode_prompts(prompts)
         if branches is not None:
             shared["branches"] = {
@@ -282,6 +393,7 @@ class TextToImage:
         values: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
         values |= {"reveal": REVEAL, "steps": STEPS.get(self.family)}
         values |= {"solver": SOLVERS.get(self.family), "scheduler": None, "guide_at": "head"}
+        values |= {"refresh": 1}
         options = OPTIONS[self.family]
         return {name: value for name, value in values.items() if name in options}
 
@@ -359,17 +471,10 @@ class TextToImage:
         seeds: Sequence[int],
         guidance: Guidance | None = None,
         branches: Mapping[str, BranchLike] | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        scheduler: Any | None = None,
-        reveal: str | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guide_at: str | None = None,
-        init_image: Image.Image | Tensor | None = None,
-        mask: Image.Image | Tensor | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
         callback: Callable[[Any], None] | None = None,
+        **options: Unpack[Options],
     ) -> list[Image.Image]:
         """Draw one image a prompt.
 
@@ -379,6 +484,11 @@ class TextToImage:
             prompts: B texts; one that is too long is cut, with a warning.
             seeds: B ints; the same seed gives the same image in a batch of any size.
             guidance: scale and schedule; None is ``Guidance(1.0)``.
+            batch_size: images to draw at once; None is what fits into half of the free memory, at most
+                ``MOST_AT_ONCE``. A batch that turns out too large is drawn again in halves, with a warning, and what is
+                finished is kept.
+            progress: show a progress bar of the images.
+            options: of the family, as follows; see :class:`Options` for their types.
             branches: what runs in the branches that guidance names beside "cond" and "uncond": a text for all prompts,
                 or one each; another pipeline of the same family, tokenizer and text, as the weak model; or a ``Branch``.
             steps: masked: passes over the tokens; diffusion and flow: denoising steps; hybrid: steps of the head for
@@ -392,6 +502,9 @@ class TextToImage:
             top_k: ar, masked: keep the k most likely tokens, after guidance.
             top_p: ar, masked: keep the most likely tokens up to this probability, after guidance.
             guide_at: hybrid: "head", "states" or "both"; see :func:`unicfg.sampling.sample_hybrid`.
+            refresh: masked, diffusion, flow: run the other branches than the condition in every ``refresh`` steps only; see
+                :func:`unicfg.sampling.sample_diffusion`.
+            compile: ar, hybrid: decode with a compiled step; see :func:`unicfg.sampling.sample_autoregressive`.
             init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
                 a part is drawn anew.
             mask: which part, bool (H, W), or a picture that is white there. A token is drawn anew if any of its pixels is
@@ -403,6 +516,7 @@ class TextToImage:
 
         Raises:
             ValueError: if prompts and seeds differ in number, or an option is out of range or not the family's.
+            TypeError: if there is no such option.
             FloatingPointError: if the model's outputs are not finite, or leave no token to draw.
 
         Example:
@@ -416,17 +530,10 @@ class TextToImage:
             seeds=seeds,
             guidance=guidance,
             branches=branches,
-            steps=steps,
-            solver=solver,
-            scheduler=scheduler,
-            reveal=reveal,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guide_at=guide_at,
-            init_image=init_image,
-            mask=mask,
+            batch_size=batch_size,
+            progress=progress,
             callback=callback,
+            **options,
         )
         return to_images(images)
 
@@ -485,6 +592,56 @@ class TextToImage:
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,
         )
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """What differs from image to image."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    guidance: Guidance | None
+    branches: Mapping[str, BranchLike] | None
+    init_image: Image.Image | Tensor | None
+
+    def can_be_split(self) -> bool:
+        """Whether no tensor has an entry for each sample, which only its caller could split."""
+        scales = () if self.guidance is None else self.guidance.strengths_at(0.0)
+        own = (self.branches or {}).values()
+        return all(not isinstance(s, Tensor) or s.ndim == 0 for s in scales) and not any(
+            isinstance(branch, Branch) and branch.cond is not None and branch.cond.ndim > 1
+            for branch in own
+        )
+
+    def part(self, start: int, stop: int) -> _Jobs:
+        """The images from ``start`` up to ``stop``."""
+        if (start, stop) == (0, len(self.prompts)):
+            return self
+        image = self.init_image
+        if isinstance(image, Tensor) and image.ndim == 4 and len(image) == len(self.prompts):
+            image = image[start:stop]
+        branches: Any = self.branches and {
+            name: own[start:stop] if isinstance(own, (list, tuple)) else own
+            for name, own in self.branches.items()
+        }
+        return _Jobs(
+            self.prompts[start:stop], self.seeds[start:stop], self.guidance, branches, image
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # on a CPU torch raises a plain RuntimeError for it
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return 2**31
 
 
 def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:

@@ -95,6 +95,16 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     guide_at: Annotated[str | None, typer.Option(help="hybrid: head, states or both.")] = None,
+    refresh: Annotated[
+        int,
+        typer.Option(
+            help="masked, diffusion, flow: run the other branch every so many steps.", min=1
+        ),
+    ] = 1,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="ar, hybrid: a compiled step; worth it for many images."),
+    ] = False,
     negative: Annotated[
         str | None, typer.Option(help="What to stay away from, besides the null condition.")
     ] = None,
@@ -131,25 +141,25 @@ def generate(
             bar.update()
 
         for guidance in guidances:
-            column: list[Image.Image] = []
-            for start in range(0, len(jobs), BATCH):
-                chunk = jobs[start : start + BATCH]
-                column += pipe(
-                    [text for text, _ in chunk],
-                    seeds=[number for _, number in chunk],
-                    guidance=guidance,
-                    branches=None if negative is None else {"negative": negative},
-                    steps=steps,
-                    solver=solver,
-                    reveal=reveal,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    guide_at=guide_at,
-                    init_image=known.get("init-image"),
-                    mask=known.get("mask"),
-                    callback=advance,
-                )
+            column = pipe(
+                [text for text, _ in jobs],
+                seeds=[number for _, number in jobs],
+                guidance=guidance,
+                branches=None if negative is None else {"negative": negative},
+                batch_size=BATCH,
+                steps=steps,
+                solver=solver,
+                reveal=reveal,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                guide_at=guide_at,
+                refresh=refresh,
+                compile=compile,
+                init_image=known.get("init-image"),
+                mask=known.get("mask"),
+                callback=advance,
+            )
             columns.append(column)
     picture = _arrange(texts, values, columns, n, seed)
     print(f"the picture is in {save_picture(picture, out)}")

@@ -349,6 +349,11 @@ class WholeGridPass:
         batch: B.
         times: of a denoiser, those that it will be called with.
         device: of x, for the times.
+        refresh: run the other branches than "cond" in every ``refresh``-th pass that needs them; in between their
+            distance from it is that of the last time.
+
+    Raises:
+        ValueError: if ``refresh`` is less than 1.
     """
 
     def __init__(
@@ -358,8 +363,13 @@ class WholeGridPass:
         batch: int,
         times: Sequence[float] = (),
         device: torch.device | None = None,
+        refresh: int = 1,
     ) -> None:
-        self.guidance, self.batch = guidance, batch
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"refresh is {refresh!r}, expected an int >= 1")
+        self.guidance, self.batch, self.refresh = guidance, batch, refresh
+        self._held: dict[str, Tensor] = {}  # cond_out - out of the other branches
+        self._age = 0
         self.groups = [Group(_own_form(group.network), group.conditions) for group in groups]
         self.encoded = [self._encode(group) for group in self.groups]
         self.encoded_times = [_encode_times(group.network, times, device) for group in self.groups]
@@ -415,6 +425,22 @@ class WholeGridPass:
     ) -> dict[str, Tensor]:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed = self.guidance.branches_at(progress)
+        others = [name for name in needed if name != "cond"]
+        if self.refresh == 1 or not others or "cond" not in needed:
+            self._held = {}
+            return self._run(needed, x, rest, t)
+        self._age += 1
+        if self._age < self.refresh and all(name in self._held for name in others):
+            cond_out = self._run(("cond",), x, rest, t)["cond"]
+            near = {name: cond_out - self._held[name] for name in others}
+            return {name: near.get(name, cond_out) for name in needed}
+        outputs = self._run(needed, x, rest, t)
+        self._age, self._held = 0, {name: _distance(outputs, name) for name in others}
+        return outputs
+
+    def _run(
+        self, needed: tuple[str, ...], x: Tensor, rest: tuple[Tensor, ...], t: float | None
+    ) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for group, encoded, times in zip(
             self.groups, self.encoded, self.encoded_times, strict=True
@@ -433,6 +459,12 @@ class WholeGridPass:
                 out = group.network(torch.cat([x] * count), encoded[names], *more)
                 parts.update(zip(names, out.split(self.batch), strict=True))
         return {name: parts[name] for name in needed}
+
+
+def _distance(outputs: Mapping[str, Tensor], name: str) -> Tensor:
+    """How far the conditional output is from another one; 0 where a mask in either leaves no distance."""
+    distance = outputs["cond"] - outputs[name]
+    return distance.masked_fill(~distance.isfinite(), 0.0)
 
 
 def _own_form(network: Any) -> Any:

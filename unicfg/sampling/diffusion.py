@@ -61,6 +61,7 @@ def sample_diffusion(
     init: Tensor | None = None,
     mask: Tensor | None = None,
     scheduler: Any | None = None,
+    refresh: int = 1,
     callback: Callback | None = None,
 ) -> Tensor:
     """Walk from noise to clean latents along guided predictions.
@@ -91,6 +92,9 @@ def sample_diffusion(
             noised at every step by the sample's own initial noise (Lugmayr et al., arXiv 2201.09865, equation 8a).
         scheduler: a scheduler of diffusers to make the steps in place of ``solver``; the caller's object is copied,
             not used. Its settings hold, clipping included. What it returns last is the result.
+        refresh: evaluate the other branches than the condition in every ``refresh``-th evaluation only, and take their
+            distance from it, as the model predicts it, from the last time in between: guidance for less than two passes a
+            step, at a loss that grows with it (Dinh et al., arXiv 2408.11194, for classifiers).
         callback: called with a :class:`DenoisingStep` once a step (with a scheduler, once for each of its timesteps).
 
     Returns:
@@ -123,7 +127,7 @@ def sample_diffusion(
         alpha, sigma = path.coefficients(grid[:-1])
         guidance = _at_levels(guidance, (sigma / alpha).tolist())
         groups = plan(network, cond, uncond, branches, guidance, progresses)
-        run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device)
+        run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device, refresh)
         evaluate = _evaluation(run, path, space)
         x = noise * path.coefficients(grid)[1][0]
         return integrate(
@@ -138,7 +142,7 @@ def sample_diffusion(
     progresses = [progress_at(i, len(scheduled.timesteps)) for i in range(len(scheduled.timesteps))]
     guidance = _at_levels(guidance, scheduled.ratios)
     groups = plan(network, cond, uncond, branches, guidance, progresses)
-    run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device)
+    run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device, refresh)
     evaluate = _evaluation(run, path, space)
     return scheduled.sample(evaluate, noise, sources, pin, callback)
 

@@ -90,6 +90,7 @@ def sample_masked(
     choice_noise: float = 4.5,
     init: Tensor | None = None,
     mask: Tensor | None = None,
+    refresh: int = 1,
     callback: Callable[[UnmaskingStep], None] | None = None,
 ) -> Tensor:
     """Draw image tokens in a few parallel steps by extrapolated logits.
@@ -115,6 +116,8 @@ def sample_masked(
         init: tokens to inpaint, (B, L) or (B, h, w), or one sample's (L,), (h, w) for all.
         mask: bool, True where to draw anew: a shape of ``init``. The rest of ``init`` is shown to the model and comes
             back as it is.
+        refresh: run the other branches than the condition in every ``refresh``-th pass only, see
+            :func:`sample_diffusion`.
         callback: called with an :class:`UnmaskingStep` after each step.
 
     Returns:
@@ -147,7 +150,7 @@ def sample_masked(
     progresses = [share / max(shares[-1], 1e-12) for share in shares]
     passes = [progress for progress, runs in zip(progresses, busy, strict=True) if runs]
     groups = plan(network, cond, uncond, branches, guidance, passes)
-    run = WholeGridPass(groups, guidance, batch)
+    run = WholeGridPass(groups, guidance, batch, refresh=refresh)
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
