@@ -14,6 +14,7 @@ from models import TextToImage
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig, to_images
 from unicfg import ConditionDropout, Guidance
 from unicfg.cli import expand_lists, main
+from unicfg.guidance import branches
 from unicfg.pictures import grid, save_picture
 
 
@@ -226,3 +227,84 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "unicfg", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "generate" in done.stdout and "train" in done.stdout
+
+
+# --- many prompts
+
+
+@pytest.mark.parametrize("family", ["ar", "masked", "diffusion"])
+def test_prompts_in_batches_give_the_same_images(family):
+    pipe, counts = pipeline(family=family), []
+    prompts, seeds = [*CAPTIONS, CAPTIONS[0]], [0, 1, 2, 3, 4]
+    guidance = Guidance(branches.negative(2.0, 0.5))
+    options = {"guidance": guidance, "branches": {"negative": prompts[::-1]}}
+    whole = pipe.sample(prompts, seeds=seeds, **options)
+
+    def seen(step):
+        counts.append(len(step.outputs["cond"]))
+
+    parts = pipe.sample(prompts, seeds=seeds, batch_size=2, callback=seen, **options)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    assert set(counts) == {1, 2}
+
+
+def test_images_to_inpaint_are_split_with_their_prompts():
+    pipe, images = pipeline(family="diffusion"), torch.rand(3, 3, 16, 16) * 2 - 1
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:8] = True
+    out = pipe.sample(
+        CAPTIONS[:3], seeds=[0, 1, 2], init_image=images, mask=mask, steps=2, batch_size=2
+    )
+    assert torch.equal(out[:, :, 8:], images[:, :, 8:])
+
+
+def test_a_tensor_with_an_entry_for_each_sample_is_not_split():
+    pipe, scales = pipeline(), torch.tensor([1.0, 2.0, 3.0])
+    whole = pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=Guidance(scales))
+    assert len(whole) == 3
+    with pytest.raises(ValueError, match="batch_size is 2 for 3 prompts, and guidance or branches"):
+        pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=Guidance(scales), batch_size=2)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkeypatch):
+    pipe, sizes = pipeline(), []
+    draw = type(pipe)._draw
+
+    def scarce(self, jobs, given, callback):
+        sizes.append(len(jobs.prompts))
+        if len(jobs.prompts) > 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return draw(self, jobs, given, callback)
+
+    whole = pipe.sample(CAPTIONS, seeds=[0, 1, 2, 3], guidance=Guidance(2.0))
+    monkeypatch.setattr(type(pipe), "_draw", scarce)
+    with pytest.warns(UserWarning, match="do not fit into memory: going on with batch_size="):
+        kept = pipe.sample(CAPTIONS, seeds=[0, 1, 2, 3], guidance=Guidance(2.0))
+    torch.testing.assert_close(kept, whole, atol=1e-4, rtol=1e-4)
+    assert sizes == [4, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size is 0, expected at least 1"),
+        ({"quality": 3}, TypeError, "quality is no option, expected some of steps, "),
+        ({"refresh": 2}, ValueError, "refresh is 2, which the family ar does not have"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        pipeline()(CAPTIONS[:1], seeds=[0], **options)
+
+
+@pytest.mark.parametrize("family", ["ar", "hybrid"])
+def test_the_memory_of_a_cache_is_counted_exactly(family):
+    pipe = pipeline(family=family)
+    held = pipe.network.make_cache(6).nbytes
+    config = pipe.network.config
+    states = 6 * 16 * config.width * 4
+    assert pipe.memory_needed(3) >= held + states
+    assert pipe.memory_needed(3) - held - states <= pipe.memory_needed(3, branches=1)
+    assert pipe.memory_needed(6) == 2 * pipe.memory_needed(3)
+    with pytest.raises(ValueError, match="images is 0, expected at least 1"):
+        pipe.memory_needed(0)
