@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from attributes import SCENES_SEED, grade
-from autoregressive import machine
+from timing import machine
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm

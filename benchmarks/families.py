@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from autoregressive import Case, machine, measure
+from timing import Case, machine, measure
 
 from models import (
     HybridTransformer,
