@@ -61,7 +61,7 @@ DENOISERS: dict[str, tuple[Any, ...]] = {
     "magnitude_aware": (m.magnitude_aware(),),
     "magnitude_aware(5)": (m.magnitude_aware(5.0),),
     "mimic_scale(3)": (m.mimic_scale(3.0),),
-    "tcfg, mimic_scale(3)": (m.tcfg(), m.mimic_scale(3.0)),
+    "tcfg + mimic_scale(3)": (m.tcfg(), m.mimic_scale(3.0)),
 }
 GRIDS = {"frequency_decoupled": (m.frequency_decoupled(),)}  # needs more than one token
 
