@@ -178,7 +178,13 @@ def minimal_case(model: TokenTransformer) -> dict[str, Case]:
         cond, uncond = model.head(body.norm(x[:, 0])).chunk(2)
         return torch.lerp(uncond, cond, SCALE).softmax(-1)
 
-    fast = torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    fast = torch.compile(
+        step,
+        dynamic=False,
+        fullgraph=True,
+        options={"max_autotune": True, "guard_filter_fn": unguarded},
+    )
     cond = torch.randint(1, VOCABULARY, (2, PREFIX))
 
     @torch.no_grad()
@@ -207,15 +213,15 @@ def group(batch: int, compiled: bool) -> Group:
     ratios = [
         (f"guided, against `{THEIRS}`", OURS, THEIRS, "2.2" if batch == 1 else "2"),
         (f"guided, against `{BATCHED}`", OURS, BATCHED, "1.6"),
-        ("unguided, against guided from 60 % on", LATE, PLAIN, "at least 0.80"),
-        ("unguided, against guided", OURS, PLAIN, "-"),
+        ("guided from 60 % on, against unguided", LATE, PLAIN, "at least 0.80"),
+        ("guided, against unguided", OURS, PLAIN, "-"),
     ]
     if compiled:
         cases |= minimal_case(model) if batch == 1 and device().type == "cpu" else {}
         wanted = "5" if batch == 1 else "2.4"
         ratios.append((f"guided, compiled, against `{THEIRS}`", COMPILED, THEIRS, wanted))
         ratios.append(
-            ("unguided, against guided, both compiled", COMPILED, PLAIN_COMPILED, "at least 0.80")
+            ("guided, against unguided, both compiled", COMPILED, PLAIN_COMPILED, "at least 0.80")
         )
     if MINIMAL in cases:
         ratios.append(

@@ -186,7 +186,7 @@ class Road:
 
 
 def roads(pipes: dict[str, TextToImage], judges: dict[str, nn.Module]) -> dict[str, Road]:
-    """Both roads, for both models; and the noise-conditional one with as much time as its rival, or less."""
+    """Both roads, for both models."""
     made: dict[str, Road] = {}
     for family, pipe in pipes.items():
         judge, null = judges[family], pipe.model.null_condition

@@ -104,8 +104,8 @@ def group(batch: int) -> Group:
     ratios = (
         (f"guided, against {PIPELINE}", OURS, PIPELINE, "1.5"),
         (f"guided, against {LOOP}", OURS, LOOP, "-"),
-        ("unguided, against guided", OURS, PLAIN, "-"),
-        ("unguided, against guided for 40 % of the steps", LATE, PLAIN, "-"),
+        ("guided, against unguided", OURS, PLAIN, "-"),
+        ("guided for 40 % of the steps, against unguided", LATE, PLAIN, "-"),
     )
     a_token = 2 * (LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 1024) + 2 * WIDTH * CHANNELS * PATCH**2)
     tokens = STEPS * (SIDE // PATCH) ** 2 * batch

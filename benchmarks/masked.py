@@ -114,7 +114,7 @@ def muse_case(batch: int) -> dict[str, Case]:
     if importlib.util.find_spec("muse_maskgit_pytorch") is None:
         print("muse-maskgit-pytorch is not installed: it is left out")
         return {}
-    if importlib.util.find_spec("torchvision") is None:
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
         # it serves the reading of image files, of which there are none here
         names = (
             "torchvision",
@@ -162,8 +162,8 @@ def group(batch: int) -> Group:
     ratios = (
         (f"guided, against {AMUSED}", OURS, AMUSED, "1.5"),
         *([(f"guided, against {MUSE}", OURS, MUSE, "1.7")] if MUSE in cases else []),
-        ("unguided, against guided", OURS, PLAIN, "-"),
-        ("unguided, against guided from 60 % on", LATE, PLAIN, "-"),
+        ("guided, against unguided", OURS, PLAIN, "-"),
+        ("guided from 60 % on, against unguided", LATE, PLAIN, "-"),
     )
     # of the matrices; attention adds a few percent
     a_token = 2 * (LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 1024) + WIDTH * VOCABULARY)

@@ -149,7 +149,7 @@ class Body(nn.Module):
         keys, values = (tuple(make(shape) for _ in self.blocks) for _ in range(2))
         step = compiled_step(network) if compile else None
         usable = step is not None and not step.failed
-        runs = network if usable else pack(network)
+        runs = network if usable else pack(network)  # the step has its own
         return KVCache(keys, values, self.prefix.length, 0, runs, step if usable else None)
 
     def prefill(self, cond: Tensor, cache: KVCache) -> None:

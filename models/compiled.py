@@ -7,6 +7,7 @@ The first sampling with a number of rows waits for the compiler, some ten second
 from __future__ import annotations
 
 import copy
+import sys
 import types
 import warnings
 import weakref
@@ -64,8 +65,16 @@ class CompiledStep:
 
     def __init__(self, network: nn.Module) -> None:
         self._network: Any = network
+        self._packed: nn.Module | None = None
         self._compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.failed = False
+
+    @property
+    def eager(self) -> Any:
+        """The network for what is not compiled: chunks, and everything where nothing can be."""
+        if self._packed is None:
+            self._packed = pack(self._network)
+        return self._packed
 
     def __call__(self, previous: Tensor, cache: KVCache) -> Tensor | None:
         """What the network says of the token after ``previous`` (R, ...), the last one; the cache is extended.
@@ -79,8 +88,12 @@ class CompiledStep:
         # a column of all tokens so far has their number as its stride, which is a shape to the compiler
         previous = previous.clone(memory_format=torch.contiguous_format)
         arguments = (previous, place, cache.keys, cache.values)
-        # strides tell a view of some rows from a cache of its own; a length or a prompt makes no difference
-        kind = (previous.shape, previous.dtype, previous.device, cache.keys[0].stride())
+        # all that the compiler would compile anew for, which must happen in _first
+        kind = (
+            *(previous.shape, previous.dtype, previous.device, cache.keys[0].dtype),
+            *(torch.is_inference_mode_enabled(), torch.get_num_threads()),
+            torch.is_autocast_enabled(previous.device.type),
+        )
         compiled = self._compiled.get(kind)
         if compiled is None:
             out = self._first(kind, arguments)
@@ -92,31 +105,46 @@ class CompiledStep:
         return out
 
     def _first(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor | None:
-        import torch._inductor.config as inductor  # only now: it takes a second
-
         previous: Tensor = arguments[0]
         on_cpu = previous.device.type == "cpu"
         # the compiler's own matrix products beat oneDNN's at few rows, not at many
         many = on_cpu and len(previous) > _FEW_ROWS
-        compiled = torch.compile(
-            _own_function(pack(self._network) if many else self._network),
-            fullgraph=True,
-            dynamic=False,
-            options=_OPTIONS,
-        )
         try:
+            import torch._inductor.config as inductor  # only now: it takes a second
+            from torch._inductor.codecache import PyCodeCache
+
+            known = len(PyCodeCache.modules)
+            compiled = torch.compile(
+                _own_function(self.eager if many else self._network),
+                fullgraph=True,
+                dynamic=False,
+                options=_OPTIONS,
+            )
             with inductor.patch(freezing=on_cpu, autotune_num_choices_displayed=0):
                 out: Tensor = compiled(*arguments)
         except Exception as error:  # whatever a compiler can fail with
+            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+                raise
             self.failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             warnings.warn(
                 f"compile=True, but the step cannot be compiled here, so it runs as it is: {reason}",
-                stacklevel=2,
+                stacklevel=4,
             )
             return None
+        weakref.finalize(self, _forget, PyCodeCache.modules[known:])
         self._compiled[kind] = compiled
         return out
+
+
+def _forget(modules: list[types.ModuleType]) -> None:
+    """Let go of compiled code, which holds the weights as constants: the compiler itself never does."""
+    from torch._inductor.codecache import PyCodeCache
+
+    for module in modules:
+        if module in PyCodeCache.modules:
+            PyCodeCache.modules.remove(module)
+        sys.modules.pop(module.__name__, None)
 
 
 def _own_function(network: Any) -> Callable[..., Tensor]:
@@ -148,11 +176,11 @@ def _same_weights(network: nn.Module) -> nn.Module:
 
 
 def _checksum(network: nn.Module) -> Tensor:
-    """Two numbers a parameter, which training changes."""
-    sums = [
-        torch.stack(
-            [p.detach().sum(dtype=torch.float64), p.detach().abs().sum(dtype=torch.float64)]
-        )
-        for p in network.parameters()
-    ]
-    return torch.stack(sums).cpu()
+    """Numbers for each parameter, which training, a permutation, or another dtype changes."""
+    parameters = [p.detach().flatten() for p in network.parameters()]
+    longest = max(len(p) for p in parameters)
+    ramp = torch.arange(longest, dtype=torch.float32, device=parameters[0].device)
+    ramp = ramp.mul_(0.7).cos_()
+    sums = [number.double() for p in parameters for number in (p.sum(), p.float() @ ramp[: len(p)])]
+    sizes = torch.tensor([float(p.element_size()) for p in parameters])
+    return torch.cat([torch.stack(sums).cpu(), sizes])

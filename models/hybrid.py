@@ -321,7 +321,7 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             out: Tensor | None = cache.compiled(previous, cache)
             if out is not None:
                 return out
-        network = cache.network
+        network = cache.network if cache.compiled is None else cache.compiled.eager
         assert isinstance(network, HybridTransformer)
         return network.body.extend(network._causal_inputs(latents, cache.length), cache)
 

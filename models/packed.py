@@ -57,6 +57,8 @@ def pack(network: Network) -> Network:
     The copy shares all other parameters and is a snapshot: training the original does not change its packed
     weights. Made once per sampling, which takes about as long as two decode steps.
     """
+    if torch.is_autocast_enabled("cpu"):
+        return network  # autocast knows nothing of packed weights
     clone = copy.copy(network)
     clone.__dict__["_modules"] = {
         name: PackedLinear(child)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
@@ -201,25 +201,29 @@ class TextToImage:
         seeds = check_seeds(seeds, len(prompts))
         given = self._given(options)
         jobs = _Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
+        jobs.check()
         size = self._batch_size(batch_size, jobs)
         finished: list[Tensor] = []
         start = 0
         with tqdm(total=len(prompts), desc="drawing", unit="image", disable=not progress) as bar:
             while start < len(prompts):
                 part = jobs.part(start, min(start + size, len(prompts)))
+                count = len(part.prompts)
                 try:
                     finished.append(self._draw(part, given, callback))
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error) or len(part.prompts) == 1:
+                    if not _is_out_of_memory(error):
                         raise
-                    size = -(-len(part.prompts) // 2)
+                    if count == 1 or not jobs.can_be_split():
+                        raise OutOfMemory(count, finished) from error
+                    size = -(-count // 2)
                     warnings.warn(
-                        f"{len(part.prompts)} images at once do not fit into memory: going on with batch_size={size}",
+                        f"{count} images at once do not fit into memory: going on with batch_size={size}",
                         stacklevel=2,
                     )
                     continue
-                start += len(part.prompts)
-                bar.update(len(part.prompts))
+                start += count
+                bar.update(count)
         return torch.cat(finished)
 
     def memory_needed(self, images: int, *, branches: int = 2) -> int:
@@ -247,7 +251,7 @@ class TextToImage:
         else:
             # of the prefix only; hidden states, projections and feed-forward of one layer at a time
             held = 2 * config.depth * config.width * config.condition_length
-            a_row = 2 * held + 14 * config.width * (tokens + config.condition_length)
+            a_row = 3 * held + 14 * config.width * (tokens + config.condition_length)
         vocabulary = getattr(config, "codebook_size", 0)
         scored = tokens if self.family == "masked" else 1
         # logits of each row, guided ones, and probabilities with their sums in float64
@@ -256,13 +260,14 @@ class TextToImage:
         )
         size, own = self.tokenizer.config.image_size, self.tokenizer.config
         pixels = images * size**2 * own.width * 4 * 4
-        return rows * a_row * itemsize + max(logits, pixels)
+        weights = sum(p.nbytes for p in self.network.parameters())  # copied into a faster layout
+        return weights + rows * a_row * itemsize + max(logits, pixels)
 
     def _batch_size(self, wanted: int | None, jobs: _Jobs) -> int:
         """How many images to draw at once."""
         if wanted is not None:
-            if wanted < 1:
-                raise ValueError(f"batch_size is {wanted}, expected at least 1, or None")
+            if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+                raise ValueError(f"batch_size is {wanted!r}, expected an int >= 1, or None")
             if wanted < len(jobs.prompts) and not jobs.can_be_split():
                 raise ValueError(
                     f"batch_size is {wanted} for {len(jobs.prompts)} prompts, and guidance or branches hold a tensor with "
@@ -272,7 +277,9 @@ class TextToImage:
         if not jobs.can_be_split():
             return len(jobs.prompts)
         count = 2 if jobs.guidance is None else len(jobs.guidance.branch_names)
-        fitting = _free_memory(self.device) // 2 // self.memory_needed(1, branches=count)
+        one, two = (self.memory_needed(images, branches=count) for images in (1, 2))
+        each = two - one
+        fitting = (_free_memory(self.device) // 2 - (one - each)) // each
         return max(1, min(fitting, MOST_AT_ONCE))
 
     def _given(self, options: Options) -> dict[str, Any]:
@@ -389,11 +396,10 @@ class TextToImage:
         return own | self.defaults()
 
     def defaults(self) -> dict[str, Any]:
-        """What the family's options are where nothing is said."""
+        """What the family's options are where nothing is said, those that cost an image nothing left out."""
         values: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
         values |= {"reveal": REVEAL, "steps": STEPS.get(self.family)}
         values |= {"solver": SOLVERS.get(self.family), "scheduler": None, "guide_at": "head"}
-        values |= {"refresh": 1}
         options = OPTIONS[self.family]
         return {name: value for name, value in values.items() if name in options}
 
@@ -486,7 +492,7 @@ class TextToImage:
             guidance: scale and schedule; None is ``Guidance(1.0)``.
             batch_size: images to draw at once; None is what fits into half of the free memory, at most
                 ``MOST_AT_ONCE``. A batch that turns out too large is drawn again in halves, with a warning, and what is
-                finished is kept.
+                finished is kept; the callback then sees its steps again.
             progress: show a progress bar of the images.
             options: of the family, as follows; see :class:`Options` for their types.
             branches: what runs in the branches that guidance names beside "cond" and "uncond": a text for all prompts,
@@ -502,7 +508,7 @@ class TextToImage:
             top_k: ar, masked: keep the k most likely tokens, after guidance.
             top_p: ar, masked: keep the most likely tokens up to this probability, after guidance.
             guide_at: hybrid: "head", "states" or "both"; see :func:`unicfg.sampling.sample_hybrid`.
-            refresh: masked, diffusion, flow: run the other branches than the condition in every ``refresh`` steps only; see
+            refresh: masked, diffusion, flow: run the other branches than the condition every ``refresh`` steps; see
                 :func:`unicfg.sampling.sample_diffusion`.
             compile: ar, hybrid: decode with a compiled step; see :func:`unicfg.sampling.sample_autoregressive`.
             init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
@@ -517,6 +523,7 @@ class TextToImage:
         Raises:
             ValueError: if prompts and seeds differ in number, or an option is out of range or not the family's.
             TypeError: if there is no such option.
+            OutOfMemory: if one image does not fit into memory; it holds the images that are finished.
             FloatingPointError: if the model's outputs are not finite, or leave no token to draw.
 
         Example:
@@ -604,13 +611,30 @@ class _Jobs:
     branches: Mapping[str, BranchLike] | None
     init_image: Image.Image | Tensor | None
 
+    def check(self) -> None:
+        """Refuse what has another number of entries than there are prompts.
+
+        Raises:
+            ValueError: names the branch, or ``init_image``.
+        """
+        count = len(self.prompts)
+        for name, own in (self.branches or {}).items():
+            if _is_list(own) and len(own) != count:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"the branch {name!r} is {own!r}, expected a text, {count} texts, a pipeline or a Branch"
+                )
+        image = self.init_image
+        if isinstance(image, Tensor) and image.ndim == 4 and len(image) not in (1, count):
+            raise ValueError(
+                f"init_image has shape {tuple(image.shape)} for {count} prompts, expected one image, or one a prompt"
+            )
+
     def can_be_split(self) -> bool:
         """Whether no tensor has an entry for each sample, which only its caller could split."""
-        scales = () if self.guidance is None else self.guidance.strengths_at(0.0)
-        own = (self.branches or {}).values()
-        return all(not isinstance(s, Tensor) or s.ndim == 0 for s in scales) and not any(
+        scale = None if self.guidance is None else self.guidance.scale
+        return not _holds_rows(scale) and not any(
             isinstance(branch, Branch) and branch.cond is not None and branch.cond.ndim > 1
-            for branch in own
+            for branch in (self.branches or {}).values()
         )
 
     def part(self, start: int, stop: int) -> _Jobs:
@@ -621,12 +645,47 @@ class _Jobs:
         if isinstance(image, Tensor) and image.ndim == 4 and len(image) == len(self.prompts):
             image = image[start:stop]
         branches: Any = self.branches and {
-            name: own[start:stop] if isinstance(own, (list, tuple)) else own
+            name: own[start:stop] if _is_list(own) else own  # type: ignore[index]
             for name, own in self.branches.items()
         }
         return _Jobs(
             self.prompts[start:stop], self.seeds[start:stop], self.guidance, branches, image
         )
+
+
+class OutOfMemory(RuntimeError):
+    """A batch that cannot be made smaller does not fit.
+
+    Attributes:
+        finished: the images before it (N, 3, H, W).
+    """
+
+    def __init__(self, count: int, finished: Sequence[Tensor]) -> None:
+        self.finished = torch.cat(list(finished)) if finished else torch.empty(0)
+        what = "one image does" if count == 1 else f"{count} images, which cannot be split, do"
+        super().__init__(
+            f"{what} not fit into memory: use fewer branches, a smaller batch or a device with more; the "
+            f"{len(self.finished)} finished images are in the attribute finished of this error"
+        )
+
+
+def _is_list(own: object) -> bool:
+    return isinstance(own, Sequence) and not isinstance(own, str)
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether a scale or the weights of branches hold a tensor with an entry a sample."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) > 1
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_rows(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_rows, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_rows, value))
+    if isinstance(value, types.FunctionType):  # a schedule of one's own
+        return any(_holds_rows(value(step / 8)) for step in range(9))
+    return False
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -635,13 +694,21 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that are free."""
+    """Bytes that can be had."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    free = 2**31  # where the system does not say
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return 2**31
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+        # a container may have less than its machine
+        group = Path("/sys/fs/cgroup")
+        most, used = (group / f"memory.{name}" for name in ("max", "current"))
+        return min(free, int(most.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):
+        return free
 
 
 def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:

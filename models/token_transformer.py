@@ -113,7 +113,7 @@ class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["
             out: Tensor | None = cache.compiled(previous, cache)
             if out is not None:
                 return out
-        network = cache.network
+        network = cache.network if cache.compiled is None else cache.compiled.eager
         assert isinstance(network, TokenTransformer)
         hidden = network.body.extend(network._inputs(ids, cache.length), cache)
         logits: Tensor = network.head(hidden)

@@ -1,7 +1,9 @@
 """The compiled step draws what the eager one draws, is compiled once, sees new weights, and is optional."""
 
+import gc
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from tiny import wrapped_transformer as wrapped
 from torch._dynamo.utils import counters
 
 from models import HybridTransformer, HybridTransformerConfig, compiled
-from models.compiled import compiled_step
 from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
 from unicfg.guidance import schedules
 from unicfg.sampling.autoregressive import Uncached
@@ -65,6 +66,9 @@ def test_the_same_tokens_and_compiled_once(quick):
         model.model.head.weight.data.neg_()  # past the version counters of autograd
     assert torch.equal(draw(model, prompts[0], True), draw(model, prompts[0], False))
     assert not torch.equal(draw(model, prompts[0], True), first)
+    with torch.no_grad():  # the same numbers in another order
+        model.model.head.weight.data = model.model.head.weight.data.flip(0)
+    assert torch.equal(draw(model, prompts[0], True), draw(model, prompts[0], False))
 
 
 @needs_compiler
@@ -88,16 +92,50 @@ def test_a_hybrid_decodes_with_it():
     torch.testing.assert_close(own[1], own[0])
 
 
-def test_what_is_kept_does_not_keep_the_network_alive():
-    import gc
-    import weakref
+@needs_compiler
+def test_another_dtype_and_many_rows_are_compiled_for_themselves(quick):
+    model = wrapped()
+    model.half().float()  # so that the numbers stay the same in half precision
+    cond = torch.zeros(9, model.model.config.condition_length, dtype=torch.long)
+    for dtype in (torch.float32, torch.float16):
+        model.to(dtype)
+        made = graphs()
+        ids = draw(model, cond, True, 1.0)
+        assert graphs() == made + 1 and ids.shape == (9, 16)
+        if dtype == torch.float32:
+            assert torch.equal(ids, draw(model, cond, False, 1.0))
+
+
+@needs_compiler
+def test_what_is_kept_keeps_neither_the_network_nor_its_weights_alive(quick):
+    from torch._inductor.codecache import PyCodeCache
 
     model = wrapped()
-    compiled_step(model.model)
+    cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
+    known = len(PyCodeCache.modules)
+    draw(model, cond, True, 1.0)
+    assert len(PyCodeCache.modules) == known + 1
+    with torch.no_grad():
+        model.model.head.weight.neg_()
+    draw(model, cond, True, 1.0)
+    gc.collect()
+    assert len(PyCodeCache.modules) == known + 1  # that of the old weights is gone
     alive = weakref.ref(model.model)
     del model
     gc.collect()
-    assert alive() is None
+    assert alive() is None and len(PyCodeCache.modules) == known
+
+
+def test_a_full_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: full)
+    model = wrapped()
+    cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(model, cond, True)
 
 
 def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(monkeypatch):

@@ -108,6 +108,28 @@ def test_masked_logits_stay_masked_where_the_direction_is_held():
     assert not bool(((ids == 0) | (ids == 2)).any()) and bool((ids == 1).any())
 
 
+@pytest.mark.parametrize("refresh", [2, 3])
+def test_what_is_refreshed_does_not_depend_on_the_batch(refresh):
+    """Beside a sample with few tokens to draw, which idles in most steps, stands one with many."""
+    model, ids = wrapped("masked"), torch.zeros(2, 16, dtype=torch.long)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[0, 4:] = False
+    options = {"guidance": Guidance(3.0), "steps": 12, "refresh": refresh}
+    for seed in range(10):
+        both = sample_masked(
+            model, COND[:2], seeds=[seed, seed + 1], init=ids, mask=mask, **options
+        )
+        alone = sample_masked(model, COND[:1], seeds=[seed], init=ids[:1], mask=mask[:1], **options)
+        assert torch.equal(both[:1], alone)
+
+
+@pytest.mark.parametrize("family", ["masked", "diffusion"])
+def test_sampling_under_autocast(family):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = draw(family, wrapped(family), guidance=Guidance(2.0))
+    assert bool(out.double().isfinite().all())
+
+
 @pytest.mark.parametrize("refresh", [0, -1, 2.0, True])
 def test_a_refresh_that_means_nothing_is_refused(refresh):
     with pytest.raises(ValueError, match=f"refresh is {refresh!r}, expected an int >= 1"):

@@ -11,10 +11,11 @@ from PIL import Image
 from tiny import CAPTIONS, pipeline, transformer
 
 from models import TextToImage
+from models.pipeline import OutOfMemory
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig, to_images
 from unicfg import ConditionDropout, Guidance
 from unicfg.cli import expand_lists, main
-from unicfg.guidance import branches
+from unicfg.guidance import branches, schedules
 from unicfg.pictures import grid, save_picture
 
 
@@ -258,12 +259,67 @@ def test_images_to_inpaint_are_split_with_their_prompts():
     assert torch.equal(out[:, :, 8:], images[:, :, 8:])
 
 
-def test_a_tensor_with_an_entry_for_each_sample_is_not_split():
-    pipe, scales = pipeline(), torch.tensor([1.0, 2.0, 3.0])
-    whole = pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=Guidance(scales))
-    assert len(whole) == 3
+OF_EACH = torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        OF_EACH,
+        schedules.interval(OF_EACH, 0.3, 0.9),
+        schedules.linear(1.0, OF_EACH),
+        lambda progress: OF_EACH.clone() if progress > 0.5 else 1.0,
+        lambda progress, own=(OF_EACH,): own[0] * progress,
+    ],
+    ids=range(5),
+)
+def test_a_tensor_with_an_entry_for_each_sample_is_not_split(scale, monkeypatch):
+    pipe, guidance = pipeline(), Guidance(scale)
+    monkeypatch.setattr("models.pipeline.MOST_AT_ONCE", 2)
+    assert len(pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=guidance)) == 3
     with pytest.raises(ValueError, match="batch_size is 2 for 3 prompts, and guidance or branches"):
-        pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=Guidance(scales), batch_size=2)
+        pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=guidance, batch_size=2)
+
+
+def test_schedules_by_noise_level_go_through():
+    pipe = pipeline(family="diffusion")
+    guidance = Guidance(schedules.noise_interval(3.0, 0.2, 5.0))
+    assert len(pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=guidance, batch_size=2)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"branches": {"negative": CAPTIONS[:3]}},
+            "the branch 'negative' is .*, expected a text, 4",
+        ),
+        ({"init_image": torch.zeros(2, 3, 16, 16)}, "init_image has shape .* for 4 prompts"),
+    ],
+)
+def test_lists_of_another_length_are_refused_before_the_first_batch(options, message):
+    pipe = pipeline(family="diffusion")
+    guidance = Guidance(branches.negative(2.0, 0.5)) if "branches" in options else None
+    mask = torch.ones(16, 16, dtype=torch.bool) if "init_image" in options else None
+    with pytest.raises(ValueError, match=message):
+        pipe(CAPTIONS, seeds=range(4), guidance=guidance, mask=mask, batch_size=2, **options)
+
+
+def test_what_cannot_be_made_smaller_says_what_to_lower_and_keeps_what_is_finished(monkeypatch):
+    pipe = pipeline()
+    draw = type(pipe)._draw
+
+    def scarce(self, jobs, given, callback):
+        if jobs.prompts[0] == CAPTIONS[2] or len(jobs.prompts) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, jobs, given, callback)
+
+    monkeypatch.setattr(type(pipe), "_draw", scarce)
+    with pytest.raises(OutOfMemory, match=r"one image does not fit .* the 2 finished") as raised:
+        pipe(CAPTIONS, seeds=range(4), batch_size=1)
+    assert raised.value.finished.shape == (2, 3, 16, 16)
+    with pytest.raises(OutOfMemory, match="3 images, which cannot be split, do not fit"):
+        pipe(CAPTIONS[:3], seeds=range(3), guidance=Guidance(OF_EACH))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkeypatch):
@@ -287,7 +343,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkey
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size is 0, expected at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0, expected an int >= 1"),
+        ({"batch_size": 2.0}, ValueError, "batch_size is 2.0, expected an int >= 1"),
         ({"quality": 3}, TypeError, "quality is no option, expected some of steps, "),
         ({"refresh": 2}, ValueError, "refresh is 2, which the family ar does not have"),
     ],
@@ -300,11 +357,10 @@ def test_options_that_mean_nothing_are_refused(options, kind, message):
 @pytest.mark.parametrize("family", ["ar", "hybrid"])
 def test_the_memory_of_a_cache_is_counted_exactly(family):
     pipe = pipeline(family=family)
-    held = pipe.network.make_cache(6).nbytes
-    config = pipe.network.config
-    states = 6 * 16 * config.width * 4
-    assert pipe.memory_needed(3) >= held + states
-    assert pipe.memory_needed(3) - held - states <= pipe.memory_needed(3, branches=1)
-    assert pipe.memory_needed(6) == 2 * pipe.memory_needed(3)
+    states = 16 * pipe.network.config.width * 4
+    more = pipe.memory_needed(6, branches=2) - pipe.memory_needed(6, branches=1)
+    assert more == 6 * states + pipe.network.make_cache(6).nbytes  # six rows more
+    each = pipe.memory_needed(3) - pipe.memory_needed(2)
+    assert pipe.memory_needed(9) - pipe.memory_needed(3) == 6 * each
     with pytest.raises(ValueError, match="images is 0, expected at least 1"):
         pipe.memory_needed(0)

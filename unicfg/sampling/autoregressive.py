@@ -198,7 +198,9 @@ class CachedBranches:
         if len(names) == 1:
             return {names[0]: group.network.decode(ids, self.caches[names[0]])}
         first = group.place(names[0])
-        cache = joint.rows(first * self.batch, (first + len(names)) * self.batch)
+        cache = joint
+        if len(names) < len(group.conditions):
+            cache = joint.rows(first * self.batch, (first + len(names)) * self.batch)
         cache.length = self.caches[names[0]].length
         out = group.network.decode(torch.cat([ids] * len(names)), cache)
         for name in names:

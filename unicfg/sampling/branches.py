@@ -332,6 +332,31 @@ def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any
     return other, condition
 
 
+@dataclass(frozen=True)
+class _Conditions:
+    """The conditions of a group, each row once, and what its stretches of branches make of them.
+
+    Attributes:
+        joint: ids (N, ...), or what the network has encoded them to.
+        places: of each branch, the row of each sample (B,).
+        made: the rows of each stretch that was asked for.
+    """
+
+    joint: Any
+    places: Mapping[str, Tensor]
+    made: dict[tuple[str, ...], Any]
+
+    def of(self, names: tuple[str, ...]) -> Any:
+        """The rows of some branches, in this order."""
+        if names not in self.made:
+            index = torch.cat([self.places[name] for name in names])
+            plain = isinstance(self.joint, Tensor)
+            self.made[names] = (
+                self.joint[index.to(self.joint.device)] if plain else self.joint.take(index)
+            )
+        return self.made[names]
+
+
 class WholeGridPass:
     """Networks that see the whole sample at every step, called once a step for all branches that each of them runs.
 
@@ -349,8 +374,8 @@ class WholeGridPass:
         batch: B.
         times: of a denoiser, those that it will be called with.
         device: of x, for the times.
-        refresh: run the other branches than "cond" in every ``refresh``-th pass that needs them; in between their
-            distance from it is that of the last time.
+        refresh: run the other branches than "cond" in every ``refresh``-th call only, or where they were not needed before;
+            in between their distance from it is that of the last time.
 
     Raises:
         ValueError: if ``refresh`` is less than 1.
@@ -369,31 +394,31 @@ class WholeGridPass:
             raise ValueError(f"refresh is {refresh!r}, expected an int >= 1")
         self.guidance, self.batch, self.refresh = guidance, batch, refresh
         self._held: dict[str, Tensor] = {}  # cond_out - out of the other branches
-        self._age = 0
+        self._calls = 0
         self.groups = [Group(_own_form(group.network), group.conditions) for group in groups]
         self.encoded = [self._encode(group) for group in self.groups]
         self.encoded_times = [_encode_times(group.network, times, device) for group in self.groups]
 
-    def _encode(self, group: Group) -> dict[tuple[str, ...], Any]:
-        """The conditions of every stretch of branches that a step may need."""
+    def _encode(self, group: Group) -> _Conditions:
         own = list(group.conditions.values())
         encode = getattr(group.network, "encode_condition", None)
         joint: Any = torch.cat(own)
-        joint = joint if encode is None else encode(joint)
         # a condition that serves all samples is one row, taken B times
         starts = itertools.accumulate([len(rows) for rows in own], initial=0)
-        places = [
-            torch.arange(start, start + len(rows)).expand(self.batch)
-            for start, rows in zip(starts, own, strict=False)
-        ]
-        names = tuple(group.conditions)
-        parts: dict[tuple[str, ...], Any] = {}
-        for first, last in itertools.combinations(range(len(names) + 1), 2):
-            index = torch.cat(places[first:last])
-            parts[names[first:last]] = (
-                joint[index.to(joint.device)] if encode is None else joint.take(index)
-            )
-        return parts
+        places = {
+            name: torch.arange(start, start + len(rows)).expand(self.batch)
+            for (name, rows), start in zip(group.conditions.items(), starts, strict=False)
+        }
+        return _Conditions(joint if encode is None else encode(joint), places, {})
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the next call runs all branches for the sake of those that follow."""
+        return self.refresh > 1 and self._calls % self.refresh == 0
+
+    def pass_over(self) -> None:
+        """Count a call that is not made, so that what is refreshed does not depend on it."""
+        self._calls += 1
 
     def __call__(
         self,
@@ -426,16 +451,17 @@ class WholeGridPass:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed = self.guidance.branches_at(progress)
         others = [name for name in needed if name != "cond"]
+        fresh = self.is_fresh
+        self._calls += 1
         if self.refresh == 1 or not others or "cond" not in needed:
             self._held = {}
             return self._run(needed, x, rest, t)
-        self._age += 1
-        if self._age < self.refresh and all(name in self._held for name in others):
+        if not fresh and all(name in self._held for name in others):
             cond_out = self._run(("cond",), x, rest, t)["cond"]
             near = {name: cond_out - self._held[name] for name in others}
             return {name: near.get(name, cond_out) for name in needed}
         outputs = self._run(needed, x, rest, t)
-        self._age, self._held = 0, {name: _distance(outputs, name) for name in others}
+        self._held = {name: _distance(outputs, name) for name in others}
         return outputs
 
     def _run(
@@ -456,7 +482,7 @@ class WholeGridPass:
                         if known is None
                         else known
                     )
-                out = group.network(torch.cat([x] * count), encoded[names], *more)
+                out = group.network(torch.cat([x] * count), encoded.of(names), *more)
                 parts.update(zip(names, out.split(self.batch), strict=True))
         return {name: parts[name] for name in needed}
 

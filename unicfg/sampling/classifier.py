@@ -13,6 +13,7 @@ decodes the rows of both branches, though they are alike.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class ClassifierDenoiser:
     ) -> None:
         self.network, self.null_condition = _network_and_null(model, null_condition)
         self.log_prob = log_prob
+        self._null: Any = None  # encoded, in the form for sampling
         own: Path | None = getattr(self.network, "path", None) if path is None else path
         if own is None:
             raise ValueError("path is None and the model has none, expected path=")
@@ -82,9 +84,27 @@ class ClassifierDenoiser:
         shape: tuple[int, ...] = self.network.latent_shape
         return shape
 
-    def __call__(self, x: Tensor, cond: Tensor, t: Tensor) -> Tensor:
-        """The prediction for x (R, *shape), conditions (R, ...) and times t (R,)."""
-        out = self._unconditional(x, t)
+    def for_sampling(self) -> ClassifierDenoiser:
+        """The same with what its network has for a sampling, and the null condition encoded; see ``WholeGridPass``."""
+        made = copy.copy(self)
+        if hasattr(self.network, "for_sampling"):
+            made.network = self.network.for_sampling()
+        if hasattr(made.network, "encode_condition"):
+            made._null = made.network.encode_condition(self.null_condition[None])
+        return made
+
+    def encode_times(self, times: Tensor) -> list[ClassifiedTime]:
+        """What a call needs to know of times (N,)."""
+        encode = getattr(self.network, "encode_times", None)
+        own = [None] * len(times) if encode is None else encode(times)
+        return [ClassifiedTime(float(t), e) for t, e in zip(times, own, strict=True)]
+
+    def __call__(self, x: Tensor, cond: Tensor, t: Tensor | ClassifiedTime) -> Tensor:
+        """The prediction for x (R, *shape), conditions (R, ...) and times t (R,), or one of ``encode_times``."""
+        known = t.encoded if isinstance(t, ClassifiedTime) else None
+        if isinstance(t, ClassifiedTime):
+            t = torch.full((len(x),), t.t, dtype=x.dtype, device=x.device)
+        out = self._unconditional(x, t, known)
         named = _named(cond, self.null_condition)
         if not bool(named.any()):
             return out
@@ -92,14 +112,18 @@ class ClassifierDenoiser:
         moved[named] += self._step(x[named], cond[named], t[named]).to(out.dtype)
         return moved
 
-    def _unconditional(self, x: Tensor, t: Tensor) -> Tensor:
+    def _unconditional(self, x: Tensor, t: Tensor, known: Any) -> Tensor:
         """The prediction without a condition, once for the rows of both branches where they are alike."""
         half = len(x) // 2
         alike = half > 0 and len(x) == 2 * half and torch.equal(x[:half], x[half:])
         if alike and torch.equal(t[:half], t[half:]):
-            return self._unconditional(x[:half], t[:half]).repeat(2, *[1] * (x.ndim - 1))
-        null = expand_null(self.null_condition, len(x)).to(x.device)
-        out: Tensor = self.network(x, null, t)
+            out = self._unconditional(x[:half], t[:half], known)
+            return out.repeat(2, *[1] * (x.ndim - 1))
+        if self._null is None:
+            null: Any = expand_null(self.null_condition, len(x)).to(x.device)
+        else:
+            null = self._null.take(torch.zeros(len(x), dtype=torch.long))
+        out = self.network(x, null, t if known is None else known)
         return out
 
     def _step(self, x: Tensor, cond: Tensor, t: Tensor) -> Tensor:
@@ -120,6 +144,14 @@ class ClassifierDenoiser:
         return join(
             -sigma * eps / alpha, eps, alpha, sigma, self.space
         )  # x stays: what eps gains x0 loses
+
+
+@dataclass(frozen=True)
+class ClassifiedTime:
+    """A time, and what the network has encoded it to, or None."""
+
+    t: float
+    encoded: Any
 
 
 class ClassifierTokens:

@@ -104,7 +104,7 @@ def sample_masked(
             ``model`` was trained with.
         branches: what runs in the branches that guidance names beside "cond" and "uncond".
         steps: of the schedule; more than L count as L. A step in which no sample has a token to reveal runs no
-            pass, so a sample alone takes no more passes than it has masked tokens.
+            pass, so a sample alone takes no more passes than it has masked tokens (without ``refresh``).
         reveal: how many tokens are still masked after a share r of the steps: "cosine" cos(pi r / 2), "linear" 1 - r
             (arXiv 2202.04200, section 3.3), "arccos" 2 arccos(r) / pi. "halton" reveals as many as "arccos" does, at
             places that a low-discrepancy sequence fixes, whatever the confidence (Besnier et al., arXiv 2503.17076).
@@ -116,8 +116,8 @@ def sample_masked(
         init: tokens to inpaint, (B, L) or (B, h, w), or one sample's (L,), (h, w) for all.
         mask: bool, True where to draw anew: a shape of ``init``. The rest of ``init`` is shown to the model and comes
             back as it is.
-        refresh: run the other branches than the condition in every ``refresh``-th pass only, see
-            :func:`sample_diffusion`.
+        refresh: run the other branches than the condition in every ``refresh``-th step only, see
+            :func:`sample_diffusion`; the outputs of the others, which a callback sees, are then made from the held distance.
         callback: called with an :class:`UnmaskingStep` after each step.
 
     Returns:
@@ -148,14 +148,17 @@ def sample_masked(
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     progresses = [share / max(shares[-1], 1e-12) for share in shares]
-    passes = [progress for progress, runs in zip(progresses, busy, strict=True) if runs]
+    # with refresh, a step that reveals nothing here may hold the direction for those that do: a sample is not to depend on
+    # the others of its batch
+    passes = [p for p, runs in zip(progresses, busy, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
     run = WholeGridPass(groups, guidance, batch, refresh=refresh)
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
         noise = uniform(sources, (2, network.num_tokens)).to(cond.device)
-        if not busy[index]:
+        if not busy[index] and not run.is_fresh:
+            run.pass_over()
             continue
         guided = run(progress, f"step {index}", ids)
         _check_logits(guided.out, ids, network.mask_token)
