@@ -36,12 +36,31 @@ def test_files_and_pictures_of_the_readme_exist():
         assert (ROOT / path).is_dir()
 
 
-def test_numbers_of_the_readme_are_those_of_the_committed_table():
-    table = (ROOT / "benchmarks/results/autoregressive.md").read_text()
-    ratios = re.findall(r"against transformers: \*\*([\d.]+)x\*\*", table)
-    cost = re.search(r"\| unicfg, guided \|.*\| ([\d.]+) \|", table).group(1)
-    assert f"| {cost} x |" in README
-    assert f"| {ratios[0]} x / {ratios[1]} x |" in README
+def ratios(name):
+    """Of a committed speed table: (batch, what) -> times as fast."""
+    found, batch = {}, 0
+    for line in (ROOT / f"benchmarks/results/{name}.md").read_text().splitlines():
+        if line.startswith("## Batch "):
+            batch = int(line.removeprefix("## Batch "))
+        row = re.match(r"\| (guided.*) \| ([\d.]+)x \|", line)
+        if row:
+            found[batch, row.group(1)] = row.group(2)
+    return found
+
+
+def test_speeds_of_the_readme_are_those_of_the_committed_tables():
+    ar, masked, diffusion = (ratios(name) for name in ("autoregressive", "masked", "diffusion"))
+    theirs, batched = "`transformers generate(guidance_scale=3)`", "transformers, both branches"
+    rows = [
+        [ar[batch, f"guided, against {theirs}"] for batch in (1, 8, 16)],
+        [ar[batch, f"guided, against `{batched} in one batch`"] for batch in (1, 8, 16)],
+        [ar[batch, f"guided, compiled, against {theirs}"] for batch in (1, 8, 16)],
+        [ar[1, f"guided, against unguided{how}"] for how in ("", ", both compiled")],
+        [masked[1, f"guided, against {who}, guided"] for who in ("aMUSEd", "muse-maskgit-pytorch")],
+        [diffusion[batch, "guided, against DiTPipeline, guided"] for batch in (1, 8)],
+    ]
+    for row in rows:
+        assert f"| {' / '.join(value + ' x' for value in row)} |" in README
 
 
 def test_the_time_of_a_hybrid_is_that_of_the_committed_table():
