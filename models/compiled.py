@@ -123,7 +123,7 @@ class CompiledStep:
             with inductor.patch(freezing=on_cpu, autotune_num_choices_displayed=0):
                 out: Tensor = compiled(*arguments)
         except Exception as error:  # whatever a compiler can fail with
-            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             self.failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
@@ -135,6 +135,13 @@ class CompiledStep:
         weakref.finalize(self, _forget, PyCodeCache.modules[known:])
         self._compiled[kind] = compiled
         return out
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is full: on a CPU torch has no class of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory")
+    )
 
 
 def _forget(modules: list[types.ModuleType]) -> None:

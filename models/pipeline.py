@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from models.compiled import is_out_of_memory
 from models.denoiser import LatentDenoiser
 from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
@@ -212,7 +213,7 @@ class TextToImage:
                 try:
                     finished.append(self._draw(part, given, callback))
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     if count == 1 or not jobs.can_be_split():
                         raise OutOfMemory(count, finished) from error
@@ -686,11 +687,6 @@ def _holds_rows(value: Any) -> bool:
     if isinstance(value, types.FunctionType):  # a schedule of one's own
         return any(_holds_rows(value(step / 8)) for step in range(9))
     return False
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # on a CPU torch raises a plain RuntimeError for it
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -329,7 +329,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkey
     def scarce(self, jobs, given, callback):
         sizes.append(len(jobs.prompts))
         if len(jobs.prompts) > 1:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+            torch.empty(10**15)  # as torch says it on this system
         return draw(self, jobs, given, callback)
 
     whole = pipe.sample(CAPTIONS, seeds=[0, 1, 2, 3], guidance=Guidance(2.0))
