@@ -8,15 +8,11 @@ of 16 condition tokens, then 256 tokens at scale 3 and temperature 1 with no top
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from timing import Case, Group, device, report
+from timing import Case, Group, command_line, device
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
@@ -203,12 +199,10 @@ def minimal_case(model: TokenTransformer) -> dict[str, Case]:
     return {MINIMAL: loop}
 
 
-def group(batch: int, compiled: bool) -> Group:
+def group(batch: int) -> Group:
     """All cases of a batch size."""
     model = our_model()
     cases = our_cases(batch, model)
-    if not compiled:
-        cases = {name: case for name, case in cases.items() if "compiled" not in name}
     cases |= transformers_cases(batch) | x_transformers_case(batch)
     ratios = [
         (f"guided, against `{THEIRS}`", OURS, THEIRS, "2.2" if batch == 1 else "2"),
@@ -216,17 +210,15 @@ def group(batch: int, compiled: bool) -> Group:
         ("guided from 60 % on, against unguided", LATE, PLAIN, "at least 0.80"),
         ("guided, against unguided", OURS, PLAIN, "-"),
     ]
-    if compiled:
-        cases |= minimal_case(model) if batch == 1 and device().type == "cpu" else {}
-        wanted = "5" if batch == 1 else "2.4"
-        ratios.append((f"guided, compiled, against `{THEIRS}`", COMPILED, THEIRS, wanted))
-        ratios.append(
-            ("guided, against unguided, both compiled", COMPILED, PLAIN_COMPILED, "at least 0.80")
-        )
-    if MINIMAL in cases:
-        ratios.append(
-            (f"guided, compiled, against `{MINIMAL}`", COMPILED, MINIMAL, "at least 0.87")
-        )
+    wanted = "5" if batch == 1 else "2.4"
+    ratios += [
+        (f"guided, compiled, against `{THEIRS}`", COMPILED, THEIRS, wanted),
+        ("guided, against unguided, both compiled", COMPILED, PLAIN_COMPILED, "at least 0.80"),
+    ]
+    if batch == 1 and device().type == "cpu":
+        cases |= minimal_case(model)
+        name = f"guided, compiled, against `{MINIMAL}`"
+        ratios.append((name, COMPILED, MINIMAL, "at least 0.87"))
     weights = sum(p.nbytes for p in model.body.blocks.parameters()) + model.head.weight.nbytes
     # a step reads the weights once and, on average, half of the cache
     row = 2 * LAYERS * WIDTH * 4 * (PREFIX + TOKENS / 2)
@@ -235,30 +227,18 @@ def group(batch: int, compiled: bool) -> Group:
         for name in cases
         if name.startswith("unicfg") and name != LATE
     }
-    return Group(f"Batch {batch}", cases, ("token", TOKENS), tuple(ratios), read)
+    return Group(f"Batch {batch}", cases, ("step", TOKENS), tuple(ratios), read)
 
 
 def main() -> None:
     """Measure, print, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the plot")
-    options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    packages = ("torch", "transformers", "x-transformers")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    command = f"python benchmarks/autoregressive.py --batches {' '.join(map(str, options.batches))}"
-    report(
+    command_line(
         "autoregressive",
         "Guided autoregressive decoding",
-        [group(batch, compiled=True) for batch in options.batches],
-        options.rounds,
-        f"{command} --rounds {options.rounds}",
-        versions,
-        options.out,
+        group,
+        (1, 8, 16),
+        ("torch", "transformers", "x-transformers"),
     )
 
 

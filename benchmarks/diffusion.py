@@ -8,14 +8,9 @@ at scale 3. The pipeline decodes with an autoencoder of one small layer, which t
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from importlib.metadata import version
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from timing import Case, Group, device, report
+from timing import Case, Group, command_line, device
 from torch import Tensor
 
 from models import LatentDenoiser, LatentDenoiserConfig
@@ -115,22 +110,7 @@ def group(batch: int) -> Group:
 
 def main() -> None:
     """Measure, print, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the plot")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    report(
-        "diffusion",
-        "Guided latent diffusion",
-        [group(batch) for batch in options.batches],
-        options.rounds,
-        f"python benchmarks/diffusion.py --batches {' '.join(map(str, options.batches))} --rounds {options.rounds}",
-        ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers")),
-        options.out,
-    )
+    command_line("diffusion", "Guided latent diffusion", group, (1, 8), ("torch", "diffusers"))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,14 @@ by a second attention in each layer; it is measured where it is installed, and w
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
-import warnings
-from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import torch
 from diffusers import AmusedScheduler, UVit2DModel
-from timing import Case, Group, device, report
+from timing import Case, Group, command_line, device
 from torch import Tensor
 
 from models import MaskedTransformer, TokenTransformerConfig
@@ -176,25 +172,10 @@ def group(batch: int) -> Group:
 
 def main() -> None:
     """Measure, print, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the plot")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
     packages = ["torch", "diffusers"]
     if importlib.util.find_spec("muse_maskgit_pytorch") is not None:
         packages.append("muse-maskgit-pytorch")
-    report(
-        "masked",
-        "Guided masked generation",
-        [group(batch) for batch in options.batches],
-        options.rounds,
-        f"python benchmarks/masked.py --batches {' '.join(map(str, options.batches))} --rounds {options.rounds}",
-        ", ".join(f"{name} {version(name)}" for name in packages),
-        options.out,
-    )
+    command_line("masked", "Guided masked generation", group, (1, 8), packages)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ Every case runs once in every round, so that a machine that slows down slows dow
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +104,35 @@ def _seconds(case: Case) -> float:
     return time.perf_counter() - began
 
 
-def report(
+def command_line(
     name: str,
     title: str,
-    groups: list[Group],
-    rounds: int,
-    command: str,
-    versions: str,
-    out: Path | None,
+    make_group: Callable[[int], Group],
+    batches: Sequence[int],
+    packages: Sequence[str],
 ) -> None:
-    """Measure all groups, print the tables, and write name.md, name.json and name.png into ``out``."""
+    """The command line of a speed benchmark: measure, print, and write name.md, name.json and name.png.
+
+    Args:
+        name: of the script.
+        title: of the page.
+        make_group: the cases of a batch size.
+        batches: where nothing is said.
+        packages: whose versions stand in the table.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--batches", type=int, nargs="+", default=batches)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the plot")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # others' deprecations
+    torch.manual_seed(0)  # of the weights, and of what the peers draw
+    command = f"python benchmarks/{name}.py --batches {' '.join(map(str, options.batches))}"
+    command += f" --rounds {options.rounds}"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     limits = ceilings()
-    seconds = {group.title: measure(group.cases, rounds) for group in groups}
+    groups = [make_group(batch) for batch in options.batches]
+    seconds = {group.title: measure(group.cases, options.rounds) for group in groups}
     lines = [f"# {title}", "", f"{date.today()}, {machine()}, {versions}.", ""]
     lines += [
         f"Read from memory: {limits['bytes'] / 1e9:.0f} GB/s; multiplied: {limits['operations'] / 1e9:.0f} GFLOP/s; both in",
@@ -125,14 +145,14 @@ def report(
         lines += table(group, seconds[group.title], limits)
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
-    if out is None:
+    if options.out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.md").write_text(text)
     record: dict[str, Any] = {"machine": machine(), "versions": versions, "command": command}
     record |= {"ceilings": limits, "seconds": seconds}
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(groups, seconds, out / f"{name}.png")
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(groups, seconds, options.out / f"{name}.png")
 
 
 def table(
@@ -143,7 +163,7 @@ def table(
     lines = [
         f"## {group.title}",
         "",
-        f"| case | ms a {unit}, median (range) | share of the ceiling |",
+        f"| case | ms per {unit}, median (range) | share of the ceiling |",
         "|---|--:|--:|",
     ]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -176,8 +196,13 @@ def plot(groups: list[Group], seconds: Mapping[str, Mapping[str, list[float]]], 
             reach = [[middle - 1000 * min(values) / count], [1000 * max(values) / count - middle]]
             colour = "tab:orange" if name.startswith("unicfg") else "0.7"
             axes.barh(name, middle, xerr=reach, color=colour, capsize=2)
-            axes.annotate(f"{middle:.3g}", (middle, name), va="bottom", fontsize=7)
+            axes.annotate(
+                f"{middle:.2f}" if middle < 100 else f"{middle:.0f}",
+                (middle, name),
+                va="bottom",
+                fontsize=7,
+            )
         axes.invert_yaxis()
-        axes.set(title=group.title, xlabel=f"ms a {unit}")
+        axes.set(title=group.title, xlabel=f"ms per {unit}")
         axes.tick_params(labelsize=8)
     figure.savefig(file, dpi=110)

@@ -11,8 +11,8 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,6 @@ _kept: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, CompiledStep]] = (
 )
 
 
-class Stepping(Protocol):
-    """What is asked of a network: one token more, with all shapes fixed."""
-
-    def step(
-        self, previous: Tensor, place: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> Tensor:
-        """What the network says of token ``place`` (), after ``previous`` (R, ...), the token before it."""
-
-
 def compiled_step(network: nn.Module) -> CompiledStep:
     """The compiled step of a network: that of the last sampling, unless the weights have changed since."""
     sums = _checksum(network)
@@ -60,7 +51,8 @@ class CompiledStep:
     snapshot.
 
     Args:
-        network: with a method ``step``; its weights are not changed afterwards.
+        network: with a method ``step(previous (R, ...), place (), keys, values)``, one token more with all shapes fixed, as
+            ``TokenTransformer`` has it; its weights are not changed afterwards.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from models.batches import Jobs, OutOfMemory, free_memory
 from models.compiled import is_out_of_memory
 from models.denoiser import LatentDenoiser
 from models.hybrid import HybridTransformer
@@ -201,7 +200,7 @@ class TextToImage:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
         seeds = check_seeds(seeds, len(prompts))
         given = self._given(options)
-        jobs = _Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
+        jobs = Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
         jobs.check()
         size = self._batch_size(batch_size, jobs)
         finished: list[Tensor] = []
@@ -264,7 +263,7 @@ class TextToImage:
         weights = sum(p.nbytes for p in self.network.parameters())  # copied into a faster layout
         return weights + rows * a_row * itemsize + max(logits, pixels)
 
-    def _batch_size(self, wanted: int | None, jobs: _Jobs) -> int:
+    def _batch_size(self, wanted: int | None, jobs: Jobs) -> int:
         """How many images to draw at once."""
         if wanted is not None:
             if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
@@ -280,7 +279,7 @@ class TextToImage:
         count = 2 if jobs.guidance is None else len(jobs.guidance.branch_names)
         one, two = (self.memory_needed(images, branches=count) for images in (1, 2))
         each = two - one
-        fitting = (_free_memory(self.device) // 2 - (one - each)) // each
+        fitting = (free_memory(self.device) // 2 - (one - each)) // each
         return max(1, min(fitting, MOST_AT_ONCE))
 
     def _given(self, options: Options) -> dict[str, Any]:
@@ -308,7 +307,7 @@ class TextToImage:
         return given
 
     def _draw(
-        self, jobs: _Jobs, given: Mapping[str, Any], callback: Callable[[Any], None] | None
+        self, jobs: Jobs, given: Mapping[str, Any], callback: Callable[[Any], None] | None
     ) -> Tensor:
         """Images (B, 3, H, W) of one batch."""
         prompts, branches = jobs.prompts, jobs.branches
@@ -600,111 +599,6 @@ class TextToImage:
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,
         )
-
-
-@dataclass(frozen=True)
-class _Jobs:
-    """What differs from image to image."""
-
-    prompts: Sequence[str]
-    seeds: Sequence[int]
-    guidance: Guidance | None
-    branches: Mapping[str, BranchLike] | None
-    init_image: Image.Image | Tensor | None
-
-    def check(self) -> None:
-        """Refuse what has another number of entries than there are prompts.
-
-        Raises:
-            ValueError: names the branch, or ``init_image``.
-        """
-        count = len(self.prompts)
-        for name, own in (self.branches or {}).items():
-            if _is_list(own) and len(own) != count:  # type: ignore[arg-type]
-                raise ValueError(
-                    f"the branch {name!r} is {own!r}, expected a text, {count} texts, a pipeline or a Branch"
-                )
-        image = self.init_image
-        if isinstance(image, Tensor) and image.ndim == 4 and len(image) not in (1, count):
-            raise ValueError(
-                f"init_image has shape {tuple(image.shape)} for {count} prompts, expected one image, or one a prompt"
-            )
-
-    def can_be_split(self) -> bool:
-        """Whether no tensor has an entry for each sample, which only its caller could split."""
-        scale = None if self.guidance is None else self.guidance.scale
-        return not _holds_rows(scale) and not any(
-            isinstance(branch, Branch) and branch.cond is not None and branch.cond.ndim > 1
-            for branch in (self.branches or {}).values()
-        )
-
-    def part(self, start: int, stop: int) -> _Jobs:
-        """The images from ``start`` up to ``stop``."""
-        if (start, stop) == (0, len(self.prompts)):
-            return self
-        image = self.init_image
-        if isinstance(image, Tensor) and image.ndim == 4 and len(image) == len(self.prompts):
-            image = image[start:stop]
-        branches: Any = self.branches and {
-            name: own[start:stop] if _is_list(own) else own  # type: ignore[index]
-            for name, own in self.branches.items()
-        }
-        return _Jobs(
-            self.prompts[start:stop], self.seeds[start:stop], self.guidance, branches, image
-        )
-
-
-class OutOfMemory(RuntimeError):
-    """A batch that cannot be made smaller does not fit.
-
-    Attributes:
-        finished: the images before it (N, 3, H, W).
-    """
-
-    def __init__(self, count: int, finished: Sequence[Tensor]) -> None:
-        self.finished = torch.cat(list(finished)) if finished else torch.empty(0)
-        what = "one image does" if count == 1 else f"{count} images, which cannot be split, do"
-        super().__init__(
-            f"{what} not fit into memory: use fewer branches, a smaller batch or a device with more; the "
-            f"{len(self.finished)} finished images are in the attribute finished of this error"
-        )
-
-
-def _is_list(own: object) -> bool:
-    return isinstance(own, Sequence) and not isinstance(own, str)
-
-
-def _holds_rows(value: Any) -> bool:
-    """Whether a scale or the weights of branches hold a tensor with an entry a sample."""
-    if isinstance(value, Tensor):
-        return value.ndim > 0 and len(value) > 1
-    if is_dataclass(value) and not isinstance(value, type):
-        return any(_holds_rows(getattr(value, field.name)) for field in fields(value))
-    if isinstance(value, Mapping):
-        return any(map(_holds_rows, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_rows, value))
-    if isinstance(value, types.FunctionType):  # a schedule of one's own
-        return any(_holds_rows(value(step / 8)) for step in range(9))
-    return False
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    free = 2**31  # where the system does not say
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
-        free = int(line.split()[1]) * 1024
-        # a container may have less than its machine
-        group = Path("/sys/fs/cgroup")
-        most, used = (group / f"memory.{name}" for name in ("max", "current"))
-        return min(free, int(most.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):
-        return free
 
 
 def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:

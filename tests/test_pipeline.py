@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CAPTIONS, pipeline, transformer
 
 from models import TextToImage
-from models.pipeline import OutOfMemory
+from models.batches import OutOfMemory
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig, to_images
 from unicfg import ConditionDropout, Guidance
 from unicfg.cli import expand_lists, main
