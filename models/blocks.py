@@ -125,7 +125,11 @@ class AdaLNZero(nn.Module):
 
     def forward(self, embedding: Tensor) -> list[AdaLN]:
         """Embedding (..., D) -> one modulation a half, (..., D) each."""
-        parts = self.linear(F.silu(embedding)).chunk(3 * self.halves, dim=-1)
+        return self.split(self.linear(F.silu(embedding)))
+
+    def split(self, by: Tensor) -> list[AdaLN]:
+        """What the layer gives (..., 3 * halves * D) -> one modulation a half, (..., D) each."""
+        parts = by.chunk(3 * self.halves, dim=-1)
         return [
             AdaLN(parts[3 * i], 1 + parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.halves)
         ]

@@ -18,7 +18,7 @@ from models.blocks import (
     causal_mask,
     encode_prefix,
 )
-from models.compiled import compiled_step
+from models.compiled import compiled_method
 from models.packed import pack
 from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
 
@@ -147,7 +147,7 @@ class Body(nn.Module):
         # the compiled step looks at all places and masks those that are not filled yet: what they hold must be finite
         make = weight.new_zeros if compile else weight.new_empty
         keys, values = (tuple(make(shape) for _ in self.blocks) for _ in range(2))
-        step = compiled_step(network) if compile else None
+        step = compiled_method(network, "step") if compile else None
         usable = step is not None and not step.failed
         runs = network if usable else pack(network)  # the step has its own
         return KVCache(keys, values, self.prefix.length, 0, runs, step if usable else None)
@@ -196,6 +196,28 @@ class Body(nn.Module):
         cache.length += new
         hidden: Tensor = self.norm(x[:, -1])
         return hidden
+
+    def compiled_step(self, known: Tensor, cache: KVCache) -> Tensor | None:
+        """What the model's compiled ``step`` says of the token after those that are known, if it can be taken.
+
+        Args:
+            known: all tokens or latents so far (R, n, ...).
+            cache: with R rows; it is extended.
+
+        Returns:
+            (R, ...), or None where there is no compiled step, or more than one token is missing in the cache.
+        """
+        step, count = cache.compiled, known.shape[1]
+        if step is None or count != cache.length:
+            return None
+        previous = known[:, -1] if count else known.new_zeros(len(known), *known.shape[2:])
+        # a column of all tokens so far has their number as its stride, which is a shape to the compiler
+        previous = previous.clone(memory_format=torch.contiguous_format)
+        place = torch.tensor(count, device=known.device)
+        out: Tensor | None = step(previous, place, cache.keys, cache.values)
+        if out is not None:
+            cache.length += 1
+        return out
 
     def step(
         self,

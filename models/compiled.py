@@ -1,7 +1,7 @@
-"""A decode step that is compiled once for each number of rows, and kept for the samplings that follow.
+"""A method of a network that is compiled once for each number of rows, and kept for the samplings that follow.
 
-Eager, a step of a small model is bound by starting its operations one after another; compiled, by reading its weights.
-The first sampling with a number of rows waits for the compiler, some ten seconds to a minute.
+Eager, a decode step of a small model is bound by starting its operations one after another; compiled, by reading its
+weights. The first sampling with a number of rows waits for the compiler, some ten seconds to a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks import KVCache
 from models.packed import pack
 
 _FEW_ROWS = 8  # measured: 2.9 against 3.1 ms at 4 rows, 12.5 against 8.5 at 16
@@ -27,87 +26,72 @@ _OPTIONS: dict[str, Any] = {
     # the network is a private copy: looking at all its attributes at each step would take as long as a layer
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
 }
-# of the last network that was compiled, by the network as the caller has it
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, CompiledStep]] = (
+# of the last sampling, by the network as the caller has it
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, CompiledMethod]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def compiled_step(network: nn.Module) -> CompiledStep:
-    """The compiled step of a network: that of the last sampling, unless the weights have changed since."""
+def compiled_method(network: nn.Module, method: str) -> CompiledMethod:
+    """The one compiled method of a network: that of the last sampling, unless the weights have changed since."""
     sums = _checksum(network)
     known = _kept.get(network)
     if known is not None and torch.equal(known[0], sums):
         return known[1]
-    step = CompiledStep(_same_weights(network))
-    _kept[network] = (sums, step)
-    return step
+    made = CompiledMethod(_same_weights(network), method)
+    _kept[network] = (sums, made)
+    return made
 
 
-class CompiledStep:
-    """``network.step``, compiled for every number of rows that it meets.
+class CompiledMethod:
+    """A method of a network, compiled for every kind of arguments that it meets.
 
     On a CPU the weights become constants of the compiled code, in the layout that is fastest for them: it is a
     snapshot.
 
     Args:
-        network: with a method ``step(previous (R, ...), place (), keys, values)``, one token more with all shapes fixed, as
-            ``TokenTransformer`` has it; its weights are not changed afterwards.
+        network: its weights are not changed afterwards.
+        method: takes tensors (R, ...), and tuples of tensors of one kind, which may be None; returns a tensor.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network: Any = network
+    def __init__(self, network: nn.Module, method: str) -> None:
+        self._network, self._method = network, method
         self._packed: nn.Module | None = None
         self._compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self.failed = False
 
     @property
     def eager(self) -> Any:
-        """The network for what is not compiled: chunks, and everything where nothing can be."""
+        """The network for what is not compiled: other methods, and this one where it cannot be."""
         if self._packed is None:
             self._packed = pack(self._network)
         return self._packed
 
-    def __call__(self, previous: Tensor, cache: KVCache) -> Tensor | None:
-        """What the network says of the token after ``previous`` (R, ...), the last one; the cache is extended.
-
-        Returns:
-            (R, ...), or None where this machine cannot compile; the reason was a warning then.
-        """
+    def __call__(self, *arguments: Any) -> Tensor | None:
+        """What the method returns, or None where this machine cannot compile; the reason was a warning then."""
         if self.failed:
             return None
-        place = torch.tensor(cache.length, device=previous.device)
-        # a column of all tokens so far has their number as its stride, which is a shape to the compiler
-        previous = previous.clone(memory_format=torch.contiguous_format)
-        arguments = (previous, place, cache.keys, cache.values)
         # all that the compiler would compile anew for, which must happen in _first
         kind = (
-            *(previous.shape, previous.dtype, previous.device, cache.keys[0].dtype),
+            *(_kind(argument) for argument in arguments),
             *(torch.is_inference_mode_enabled(), torch.get_num_threads()),
-            torch.is_autocast_enabled(previous.device.type),
+            torch.is_autocast_enabled(arguments[0].device.type),
         )
         compiled = self._compiled.get(kind)
-        if compiled is None:
-            out = self._first(kind, arguments)
-            if out is None:
-                return None
-        else:
-            out = compiled(*arguments)
-        cache.length += 1
-        return out
+        return self._first(kind, arguments) if compiled is None else compiled(*arguments)
 
     def _first(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor | None:
-        previous: Tensor = arguments[0]
-        on_cpu = previous.device.type == "cpu"
+        rows: Tensor = arguments[0]
+        on_cpu = rows.device.type == "cpu"
         # the compiler's own matrix products beat oneDNN's at few rows, not at many
-        many = on_cpu and len(previous) > _FEW_ROWS
+        many = on_cpu and len(rows) > _FEW_ROWS
         try:
             import torch._inductor.config as inductor  # only now: it takes a second
             from torch._inductor.codecache import PyCodeCache
 
             known = len(PyCodeCache.modules)
             compiled = torch.compile(
-                _own_function(self.eager if many else self._network),
+                _own_function(self.eager if many else self._network, self._method),
                 fullgraph=True,
                 dynamic=False,
                 options=_OPTIONS,
@@ -120,7 +104,8 @@ class CompiledStep:
             self.failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             warnings.warn(
-                f"compile=True, but the step cannot be compiled here, so it runs as it is: {reason}",
+                f"compile=True, but {self._method} of {type(self._network).__name__} cannot be compiled here, so it runs as "
+                f"it is: {reason}",
                 stacklevel=4,
             )
             return None
@@ -146,21 +131,32 @@ def _forget(modules: list[types.ModuleType]) -> None:
         sys.modules.pop(module.__name__, None)
 
 
-def _own_function(network: Any) -> Callable[..., Tensor]:
-    """The step of ``network`` as a function with code of its own.
+def _kind(argument: Any) -> Any:
+    """What of an argument the compiled code depends on; the tensors of a tuple are alike."""
+    if argument is None:
+        return None
+    tensor = argument[0] if isinstance(argument, tuple) else argument
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _own_function(network: Any, method: str) -> Callable[..., Tensor]:
+    """The method of ``network`` as a function with code of its own.
 
     Functions that share their code share what was compiled for it, and without guards on the network another one's
     weights would serve.
     """
+    call = getattr(network, method)
 
-    def step(
-        previous: Tensor, place: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]
-    ) -> Tensor:
-        out: Tensor = network.step(previous, place, keys, values)
+    def function(*arguments: Any) -> Tensor:
+        out: Tensor = call(*arguments)
         return out
 
     return types.FunctionType(
-        step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        None,
+        function.__closure__,
     )
 
 

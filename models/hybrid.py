@@ -22,11 +22,16 @@ from models.blocks import (
     modulate,
 )
 from models.body import Body, BodyConfig, check_positive, initialize, previous_tokens
+from models.compiled import compiled_method
 from models.denoiser import check_path_and_space
 from models.packed import pack
 from tokenizers_vq.hub import StrictHubMixin
+from unicfg.guidance.core import guide_unchecked
 
 Denoise = Callable[[Tensor], Tensor]
+Walk = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+
+_STRETCH = 5  # steps in one compiled call
 
 
 class DiffusionHead(nn.Module):
@@ -80,7 +85,10 @@ class DiffusionHead(nn.Module):
         Returns:
             (..., C) in the space of the head.
         """
-        *inner, last = self.modulation(self.time(t) + self.condition(hidden))
+        return self._modulated(x, self.modulation(self.time(t) + self.condition(hidden)))
+
+    def _modulated(self, x: Tensor, modulations: Sequence[AdaLN]) -> Tensor:
+        *inner, last = modulations
         x = self.inputs(x)
         for block, by in zip(self.blocks, inner, strict=True):
             x = block(x, by)
@@ -127,6 +135,60 @@ class DiffusionHead(nn.Module):
             return result
 
         return denoisers
+
+    def prepare_walk(self, times: Tensor, weights: Tensor) -> Walk:
+        """The whole walk of a first-order solver from noise to a latent, guided, in compiled code.
+
+        Args:
+            times: (N,).
+            weights: of x and of the guided output in the next x, at each time (N, 2).
+
+        Returns:
+            ``(hidden (R, D), x (B, C), s (B, 1)) -> (B, C)`` with R = 2B rows [cond; uncond], or R = B rows and no s;
+            or None where this machine cannot compile.
+        """
+        compiled = compiled_method(self, "walk")
+        device = self.inputs.weight.device
+        at_times, weights = self.time(times.to(device))[:, None], weights.to(self.inputs.weight)
+        # a call of a few steps: more would make the compiler work for minutes, fewer would spend the time on calls
+        stride = max(n for n in range(1, _STRETCH + 1) if len(times) % n == 0)
+        stretches = torch.arange(len(times), device=device).split(stride)
+
+        def walk(hidden: Tensor, x: Tensor, s: Tensor | None) -> Tensor | None:
+            by = self.modulation.linear(F.silu(at_times + self.condition(hidden)))
+            for places in stretches:
+                moved = compiled(x, s, by, places, weights)
+                if moved is None:
+                    return None
+                x = moved
+            return x
+
+        return walk
+
+    def walk(
+        self, x: Tensor, s: Tensor | None, by: Tensor, places: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Some steps of :meth:`prepare_walk`.
+
+        Args:
+            x: (B, C).
+            s: scale (B, 1); None where there is no guidance, and R = B.
+            by: modulations at all times (N, R, 3 * halves * width).
+            places: of these steps in the N times (n,).
+            weights: (N, 2).
+
+        Returns:
+            (B, C).
+        """
+        for place in places.split(1):
+            of_x, of_out = weights.index_select(0, place)[0]
+            modulations = self.modulation.split(by.index_select(0, place)[0])
+            out = self._modulated(x if s is None else torch.cat([x, x]), modulations)
+            if s is not None:
+                cond_out, uncond_out = out.chunk(2)
+                out = guide_unchecked(cond_out, uncond_out, s)
+            x = of_x * x + of_out * out
+        return x
 
     def _blocks(self) -> list[HeadBlock]:
         return [block for block in self.blocks if isinstance(block, HeadBlock)]
@@ -313,14 +375,9 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             ValueError: if ``latents`` are too many, or fewer than the cache holds, or of another row count.
         """
         self.body.check_decode(latents, cache)
-        count = latents.shape[1]
-        if cache.compiled is not None and count == cache.length:
-            previous = (
-                latents[:, -1] if count else latents.new_zeros(len(latents), latents.shape[2])
-            )
-            out: Tensor | None = cache.compiled(previous, cache)
-            if out is not None:
-                return out
+        out = self.body.compiled_step(latents, cache)
+        if out is not None:
+            return out
         network = cache.network if cache.compiled is None else cache.compiled.eager
         assert isinstance(network, HybridTransformer)
         return network.body.extend(network._causal_inputs(latents, cache.length), cache)

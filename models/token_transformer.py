@@ -107,12 +107,9 @@ class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["
             ValueError: if ``ids`` are too many, or fewer than the cache holds, or of another row count.
         """
         self.body.check_decode(ids, cache)
-        count = ids.shape[1]
-        if cache.compiled is not None and count == cache.length:
-            previous = ids[:, -1] if count else ids.new_zeros(len(ids))
-            out: Tensor | None = cache.compiled(previous, cache)
-            if out is not None:
-                return out
+        out = self.body.compiled_step(ids, cache)
+        if out is not None:
+            return out
         network = cache.network if cache.compiled is None else cache.compiled.eager
         assert isinstance(network, TokenTransformer)
         hidden = network.body.extend(network._inputs(ids, cache.length), cache)

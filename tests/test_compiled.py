@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from models import HybridTransformer, HybridTransformerConfig, compiled
 from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
-from unicfg.guidance import schedules
+from unicfg.guidance import mitigations, schedules
 from unicfg.sampling.autoregressive import Uncached
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -84,14 +84,51 @@ def test_two_networks_keep_apart(quick):
             assert torch.equal(draw(model, cond, True, 1.0), draw(model, cond, False, 1.0))
 
 
-@needs_compiler
-def test_a_hybrid_decodes_with_it():
+def hybrid():
     torch.manual_seed(0)
     network = HybridTransformer(HybridTransformerConfig(2, 8, 3, 32, 2, 2, latent_channels=3))
-    model = ConditionDropout(network, torch.zeros(3, dtype=torch.long)).eval()
-    cond, options = torch.ones(2, 3, dtype=torch.long), {"guidance": Guidance(2.0), "steps": 3}
-    own = [sample_hybrid(model, cond, seeds=[0, 1], compile=c, **options) for c in (False, True)]
-    torch.testing.assert_close(own[1], own[0])
+    for parameter in network.head.parameters():  # some of which are 0 before training
+        torch.nn.init.normal_(parameter, std=0.2)
+    return ConditionDropout(network, torch.zeros(3, dtype=torch.long)).eval()
+
+
+@needs_compiler
+def test_a_hybrid_decodes_and_draws_with_it(quick):
+    model, cond = hybrid(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def check(new, **options):
+        """Close to eager, with so many compilations more."""
+        made = graphs()
+        drawn = [
+            sample_hybrid(model, cond, seeds=[0, 1], compile=compile, **{"steps": 6, **options})
+            for compile in (False, True)
+        ]
+        torch.testing.assert_close(drawn[1], drawn[0], atol=1e-4, rtol=1e-4)
+        assert graphs() - made == new
+        return drawn[1]
+
+    first = check(2, guidance=Guidance(3.0))  # the decode step and the walk of the head
+    each = check(0, guidance=Guidance(torch.tensor([3.0, 1.5])))
+    assert torch.equal(each[0], first[0]) and not torch.allclose(each[1], first[1])
+    check(0, guidance=Guidance(2.0), guide_at="both", temperature=0.5)
+    check(2, guidance=Guidance(schedules.interval(3.0, 0.4, 1.0)))  # rows of cond alone
+    check(0, guidance=Guidance(3.0), guide_at="states")
+    check(1, guidance=Guidance(3.0), steps=5)  # five steps in one call, six in two
+    # more than the walk does
+    check(0, guidance=Guidance(3.0, (mitigations.rescale(0.7),)))
+    check(0, guidance=Guidance(3.0), solver="heun")
+    with torch.no_grad():
+        model.model.head.outputs.weight.data.neg_()
+    changed = check(2, guidance=Guidance(3.0))
+    assert not torch.allclose(changed, first)
+
+
+@needs_compiler
+def test_a_broken_head_is_named_as_without_it(quick):
+    model, cond = hybrid(), torch.ones(1, 3, dtype=torch.long)
+    model.model.head.outputs.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"token 0: .*step 0.*'cond', 'uncond'"):
+        sample_hybrid(model, cond, seeds=[0], compile=True, guidance=Guidance(2.0))
 
 
 @needs_compiler
@@ -147,7 +184,9 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: missing)
     model = wrapped()
     cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
-    with pytest.warns(UserWarning, match="compile=True, but .* no compiler here") as told:
+    with pytest.warns(
+        UserWarning, match="compile=True, but step of TokenTransformer .* no compiler here"
+    ) as told:
         ids = draw(model, cond, True)
         again = draw(model, cond, True)
     assert len(told) == 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance, Scale, guide, guide_unchecked
-from unicfg.guidance.spaces import Level
+from unicfg.guidance.spaces import Level, check_level
 from unicfg.sampling.autoregressive import CachedBranches
 from unicfg.sampling.branches import (
     Branch,
@@ -40,11 +40,13 @@ from unicfg.sampling.solvers import (
     integrate,
     is_finite,
     require_finite,
+    step_weights,
     time_grid,
 )
 from unicfg.training.dropout import ConditionDropout
 
 Denoise = Callable[[Tensor], Tensor]
+Walk = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
 GuideAt = Literal["head", "states", "both"]
 PASSES = 16
 GUIDE_AT: tuple[GuideAt, ...] = get_args(GuideAt)
@@ -54,7 +56,8 @@ class HybridModel(Protocol):
     """What ``sample_hybrid`` asks of a model; ``models.HybridTransformer`` is one.
 
     ``head.prepare(times (N,))`` is called once and gives a function of hidden states (R, k, D), which gives N denoisers
-    (R, k, C) -> (R, k, C), one a time; the head has ``latent_shape``, ``path`` and ``space`` besides.
+    (R, k, C) -> (R, k, C), one a time; the head has ``latent_shape``, ``path`` and ``space`` besides, and may have
+    ``prepare_walk(times (N,), weights (N, 2))``, as ``models.DiffusionHead`` has it, to be used with ``compile=True``.
     With the order "causal" the model has ``make_cache``, ``prefill`` and ``decode`` as in
     :class:`unicfg.sampling.autoregressive.AutoregressiveModel`, where ids are latents (R, n, C) and logits are hidden
     states (R, D). With "masked" it has ``states`` and ``encode_condition``.
@@ -145,7 +148,8 @@ def sample_hybrid(
         solver: of the head, see :func:`unicfg.sampling.sample_diffusion`.
         spacing: of the head's times.
         temperature: multiplies the noise that the head starts from; below 1 the tokens are less diverse.
-        compile: with the order "causal", decode with a compiled step, see :func:`sample_autoregressive`.
+        compile: with the order "causal", decode with a compiled step, see :func:`sample_autoregressive`. So does the head,
+            where solver is "ddim" and guidance is of one conditional and one unconditional branch without mitigations.
         callback: called with a :class:`LatentStep` after each token or set of tokens.
 
     Returns:
@@ -202,7 +206,10 @@ def sample_hybrid(
     # nothing is evaluated at the end
     heads = [(group, group.network.head.prepare(times[:-1].to(cond.device))) for group in groups]
     levels = list(zip(*network.head.path.coefficients(times), strict=True))
-    head = _Head(network.head, heads, guidance, guide_at, solver, times, levels)
+    walk = None
+    if compile and solver == "ddim" and len(groups) == 1:
+        walk = _compiled_walk(network.head, times)
+    head = _Head(network.head, heads, guidance, guide_at, solver, times, levels, walk)
     if causal:
         turns = _causal_turns(groups, guidance, progresses, latents, compile)
     else:
@@ -219,6 +226,17 @@ def sample_hybrid(
                 )
             )
     return latents
+
+
+def _compiled_walk(head: Any, times: Tensor) -> Walk | None:
+    """What ``prepare_walk`` of the head gives for the formula of "ddim"."""
+    if not hasattr(head, "prepare_walk"):
+        return None
+    alpha, sigma = head.path.coefficients(times)
+    check_level(alpha[:-1], sigma[:-1], head.space)
+    weights = torch.tensor(step_weights(alpha, sigma, head.space))
+    walk: Walk = head.prepare_walk(times[:-1], weights)
+    return walk
 
 
 def _check_passes(passes: int | None, order: str) -> int:
@@ -317,12 +335,12 @@ class _Head:
     solver: Solver
     times: Tensor
     levels: Sequence[tuple[Tensor, Tensor]]
+    walk: Walk | None
 
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
         """Latents (B, k, C) for noise (B, k, C)."""
         # the schedule runs over the tokens, so within one token the scale stands still
-        guidance = self.guidance.fixed_at(turn.progress)
-        scale, states = guidance.scale_at(0.0), turn.states
+        guidance, states = self.guidance.fixed_at(turn.progress), turn.states
         if self.guide_at != "head":
             # mitigations are for predictions; hidden states have no space
             plain = replace(guidance, mitigations=())
@@ -331,14 +349,43 @@ class _Head:
             if self.guide_at == "states":
                 guidance = Guidance(1.0)
         needed = guidance.branches_at(0.0)
+        x = noise * self.denoiser.path.coefficients(self.times)[1][0]
+        drawn = self._walk(guidance, needed, states, x)
+        try:
+            return self._steps(guidance, needed, states, x) if drawn is None else drawn
+        except FloatingPointError as error:
+            raise FloatingPointError(f"token {turn.index}: {error}") from None
+
+    def _walk(
+        self, guidance: Guidance, needed: tuple[str, ...], states: Mapping[str, Tensor], x: Tensor
+    ) -> Tensor | None:
+        """All steps in compiled code; None where they are more than it can do, or end in what is not finite."""
+        s = _plain_scale(guidance, needed, x)
+        plain = s is not None or (needed == ("cond",) and not guidance.mitigations)
+        if self.walk is None or not plain:
+            return None
+        rows, tokens, _ = x.shape
+        if s is not None:
+            s = torch.as_tensor(s, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+            # strides of its own are a shape to the compiler
+            s = s.expand(rows, tokens, 1).clone(memory_format=torch.contiguous_format).view(-1, 1)
+        hidden = torch.cat([states[name] for name in needed]).flatten(0, 1)
+        drawn = self.walk(hidden, x.flatten(0, 1), s)
+        return None if drawn is None or not is_finite(drawn) else drawn.view(x.shape)
+
+    def _steps(
+        self, guidance: Guidance, needed: tuple[str, ...], states: Mapping[str, Tensor], x: Tensor
+    ) -> Tensor:
+        """One step after another."""
         passes = []
         for group, prepared in self.heads:
             names = [name for name in group.conditions if name in needed]
             if names:
                 passes.append((names, prepared(torch.cat([states[name] for name in names]))))
         path, space = self.denoiser.path, self.denoiser.space
+        scale = guidance.scale_at(0.0)
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
-        plain_scale = _plain_scale(running, needed, noise)
+        plain_scale = _plain_scale(running, needed, x)
 
         def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
             # called for every step of every token: the common case takes the shortest way
@@ -361,11 +408,7 @@ class _Head:
             require_finite(guided, f"step {index}")
             return guided
 
-        x = noise * path.coefficients(self.times)[1][0]
-        try:
-            return integrate(evaluate, x, self.times, path, space, self.solver)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"token {turn.index}: {error}") from None
+        return integrate(evaluate, x, self.times, path, space, self.solver)
 
 
 def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> Scale | None:

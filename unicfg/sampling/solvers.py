@@ -181,7 +181,7 @@ class _Walk:
         self.evaluate, self.times, self.space, self.pin = evaluate, times, space, pin
         self.alpha, self.sigma = alpha.unbind(), sigma.unbind()
         self.steps = len(times) - 1
-        self.step = _step_weights(alpha, sigma, space)
+        self.step = step_weights(alpha, sigma, space)
 
     def tau(self, i: int) -> Tensor:
         """Place on the straight line that the path becomes when divided by alpha + sigma."""
@@ -208,7 +208,7 @@ class _Walk:
         return torch.add(x, now.out, alpha=of_out)
 
 
-def _step_weights(alpha: Tensor, sigma: Tensor, space: Space) -> list[tuple[float, float]]:
+def step_weights(alpha: Tensor, sigma: Tensor, space: Space) -> list[tuple[float, float]]:
     """The step formula alpha' x0 + sigma' eps as weights of x and of the output, for each of N steps.
 
     Both halves are linear in x and the output, and few rows are walked a thousand times: two operations instead of
