@@ -28,7 +28,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/masked.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/diffusion.py --rounds 3 --out benchmarks/results
-	$(BIN)/python benchmarks/families.py --batches 1 --rounds 7 --out benchmarks/results
+	$(BIN)/python benchmarks/families.py --rounds 7 --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
 

@@ -21,11 +21,7 @@ from models.packed import pack
 
 _FEW_ROWS = 8  # measured: 2.9 against 3.1 ms at 4 rows, 12.5 against 8.5 at 16
 
-_OPTIONS: dict[str, Any] = {
-    "max_autotune": True,
-    # the network is a private copy: looking at all its attributes at each step would take as long as a layer
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-}
+_OPTIONS: dict[str, Any] = {"max_autotune": True}
 # of the last sampling, by the network as the caller has it
 _kept: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, CompiledMethod]] = (
     weakref.WeakKeyDictionary()
@@ -85,18 +81,18 @@ class CompiledMethod:
         on_cpu = rows.device.type == "cpu"
         # the compiler's own matrix products beat oneDNN's at few rows, not at many
         many = on_cpu and len(rows) > _FEW_ROWS
+        method = getattr(self.eager if many else self._network, self._method)
         try:
             import torch._inductor.config as inductor  # only now: it takes a second
             from torch._inductor.codecache import PyCodeCache
+            from torch.fx.experimental.proxy_tensor import make_fx
 
             known = len(PyCodeCache.modules)
-            compiled = torch.compile(
-                _own_function(self.eager if many else self._network, self._method),
-                fullgraph=True,
-                dynamic=False,
-                options=_OPTIONS,
-            )
+            # not torch.compile: looking up whether its code still fits takes as long as a layer at each step, and here the
+            # kind says it
+            graph = make_fx(lambda *own: method(*own))(*arguments)
             with inductor.patch(freezing=on_cpu, autotune_num_choices_displayed=0):
+                compiled = torch._inductor.compile(graph, list(arguments), options=_OPTIONS)
                 out: Tensor = compiled(*arguments)
         except Exception as error:  # whatever a compiler can fail with
             if is_out_of_memory(error):
@@ -137,27 +133,6 @@ def _kind(argument: Any) -> Any:
         return None
     tensor = argument[0] if isinstance(argument, tuple) else argument
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def _own_function(network: Any, method: str) -> Callable[..., Tensor]:
-    """The method of ``network`` as a function with code of its own.
-
-    Functions that share their code share what was compiled for it, and without guards on the network another one's
-    weights would serve.
-    """
-    call = getattr(network, method)
-
-    def function(*arguments: Any) -> Tensor:
-        out: Tensor = call(*arguments)
-        return out
-
-    return types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        None,
-        function.__closure__,
-    )
 
 
 def _same_weights(network: nn.Module) -> nn.Module:

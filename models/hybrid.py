@@ -150,12 +150,15 @@ class DiffusionHead(nn.Module):
         compiled = compiled_method(self, "walk")
         device = self.inputs.weight.device
         at_times, weights = self.time(times.to(device))[:, None], weights.to(self.inputs.weight)
+        # all but the gate of the last norm, which nothing uses
+        layer, used = self.modulation.linear, -self.inputs.out_features
+        modulation, bias = layer.weight[:used], layer.bias[:used]
         # a call of a few steps: more would make the compiler work for minutes, fewer would spend the time on calls
         stride = max(n for n in range(1, _STRETCH + 1) if len(times) % n == 0)
         stretches = torch.arange(len(times), device=device).split(stride)
 
         def walk(hidden: Tensor, x: Tensor, s: Tensor | None) -> Tensor | None:
-            by = self.modulation.linear(F.silu(at_times + self.condition(hidden)))
+            by = F.linear(F.silu(at_times + self.condition(hidden)), modulation, bias)
             for places in stretches:
                 moved = compiled(x, s, by, places, weights)
                 if moved is None:
@@ -173,7 +176,7 @@ class DiffusionHead(nn.Module):
         Args:
             x: (B, C).
             s: scale (B, 1); None where there is no guidance, and R = B.
-            by: modulations at all times (N, R, 3 * halves * width).
+            by: modulations at all times (N, R, 3 * halves * width), without the last gate.
             places: of these steps in the N times (n,).
             weights: (N, 2).
 
@@ -182,7 +185,8 @@ class DiffusionHead(nn.Module):
         """
         for place in places.split(1):
             of_x, of_out = weights.index_select(0, place)[0]
-            modulations = self.modulation.split(by.index_select(0, place)[0])
+            at_time = by.index_select(0, place)[0]
+            modulations = self.modulation.split(F.pad(at_time, (0, self.inputs.out_features)))
             out = self._modulated(x if s is None else torch.cat([x, x]), modulations)
             if s is not None:
                 cond_out, uncond_out = out.chunk(2)

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from tiny import wrapped_transformer as wrapped
-from torch._dynamo.utils import counters
 
 from models import HybridTransformer, HybridTransformerConfig, compiled
 from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
@@ -32,8 +31,16 @@ def quick(monkeypatch):
     monkeypatch.setitem(compiled._OPTIONS, "max_autotune", False)
 
 
-def graphs():
-    return counters["stats"]["unique_graphs"]
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often the compiler was called."""
+    import torch._inductor
+
+    made, own = [], torch._inductor.compile
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda *args, **options: made.append(1) or own(*args, **options)
+    )
+    return lambda: len(made)
 
 
 def draw(model, cond, compile, s=3.0, **options):
@@ -48,7 +55,7 @@ def draw(model, cond, compile, s=3.0, **options):
 
 
 @needs_compiler
-def test_the_same_tokens_and_compiled_once(quick):
+def test_the_same_tokens_and_compiled_once(quick, graphs):
     model = wrapped()
     length = model.model.config.condition_length
     prompts = torch.randint(0, 8, (3, 2, length), generator=torch.Generator().manual_seed(0))
@@ -93,17 +100,18 @@ def hybrid():
 
 
 @needs_compiler
-def test_a_hybrid_decodes_and_draws_with_it(quick):
+def test_a_hybrid_decodes_and_draws_with_it(quick, graphs, monkeypatch):
+    monkeypatch.setattr("models.hybrid._STRETCH", 2)
     model, cond = hybrid(), torch.tensor([[1, 2, 3], [4, 5, 6]])
 
     def check(new, **options):
         """Close to eager, with so many compilations more."""
         made = graphs()
         drawn = [
-            sample_hybrid(model, cond, seeds=[0, 1], compile=compile, **{"steps": 6, **options})
+            sample_hybrid(model, cond, seeds=[0, 1], compile=compile, **{"steps": 4, **options})
             for compile in (False, True)
         ]
-        torch.testing.assert_close(drawn[1], drawn[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(drawn[1], drawn[0], atol=1e-3, rtol=1e-3)
         assert graphs() - made == new
         return drawn[1]
 
@@ -113,7 +121,7 @@ def test_a_hybrid_decodes_and_draws_with_it(quick):
     check(0, guidance=Guidance(2.0), guide_at="both", temperature=0.5)
     check(2, guidance=Guidance(schedules.interval(3.0, 0.4, 1.0)))  # rows of cond alone
     check(0, guidance=Guidance(3.0), guide_at="states")
-    check(1, guidance=Guidance(3.0), steps=5)  # five steps in one call, six in two
+    check(1, guidance=Guidance(3.0), steps=3)  # one step in a call, not two
     # more than the walk does
     check(0, guidance=Guidance(3.0, (mitigations.rescale(0.7),)))
     check(0, guidance=Guidance(3.0), solver="heun")
@@ -128,11 +136,11 @@ def test_a_broken_head_is_named_as_without_it(quick):
     model, cond = hybrid(), torch.ones(1, 3, dtype=torch.long)
     model.model.head.outputs.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"token 0: .*step 0.*'cond', 'uncond'"):
-        sample_hybrid(model, cond, seeds=[0], compile=True, guidance=Guidance(2.0))
+        sample_hybrid(model, cond, seeds=[0], compile=True, guidance=Guidance(2.0), steps=1)
 
 
 @needs_compiler
-def test_another_dtype_and_many_rows_are_compiled_for_themselves(quick):
+def test_another_dtype_and_many_rows_are_compiled_for_themselves(quick, graphs):
     model = wrapped()
     model.half().float()  # so that the numbers stay the same in half precision
     cond = torch.zeros(9, model.model.config.condition_length, dtype=torch.long)
@@ -166,10 +174,10 @@ def test_what_is_kept_keeps_neither_the_network_nor_its_weights_alive(quick):
 
 
 def test_a_full_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
-    def full(*arguments):
+    def full(*args, **options):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: full)
+    monkeypatch.setattr("torch._inductor.compile", full)
     model = wrapped()
     cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
     for _ in range(2):
@@ -181,7 +189,7 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(monkeypatch):
     def missing(*args, **options):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: missing)
+    monkeypatch.setattr("torch._inductor.compile", missing)
     model = wrapped()
     cond = torch.zeros(1, model.model.config.condition_length, dtype=torch.long)
     with pytest.warns(
