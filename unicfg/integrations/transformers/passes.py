@@ -1,0 +1,170 @@
+"""The rows that one causal language model runs for a guided step: all its branches in one call, with one cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from unicfg.integrations.transformers.prompts import Prompts
+
+
+def check_causal(model: Any, name: str = "model") -> None:
+    """Refuse what is no decoder of tokens.
+
+    Raises:
+        TypeError: names the class and what to use instead.
+    """
+    kind = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate") or not model.can_generate():
+        raise TypeError(
+            f"{name} is a {kind}, which does not generate: expected a causal language model"
+        )
+    if config.is_encoder_decoder:
+        raise TypeError(
+            f"{name} is a {kind}, an encoder and a decoder: expected a causal language model, or for MusicGen "
+            "unicfg.integrations.transformers.musicgen"
+        )
+    if "bert" in config.model_type and not getattr(config, "is_decoder", False):
+        raise TypeError(
+            f"{name} is a {kind} with is_decoder False, an encoder: its tokens look ahead. Expected a causal language "
+            "model, or is_decoder=True in its configuration"
+        )
+
+
+class CausalRows:
+    """Branches of one model over one sampling: joined when they are first needed, dropped after they are last needed.
+
+    A branch that joins late runs its prompt and all tokens so far in one call. Where the cache cannot change its rows
+    (a static one, or layers with a recurrent state), all branches run from the first token to the last.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: of each branch, R rows each.
+        steps: of each branch, the first and the last step that needs it.
+        cache: an empty cache to use; None makes one.
+        use_cache: False runs everything again for each token.
+        capacity: tokens a row at most, for a static cache.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Mapping[str, Prompts],
+        steps: Mapping[str, tuple[int, int]],
+        cache: Any = None,
+        use_cache: bool = True,
+        capacity: int | None = None,
+    ) -> None:
+        self.model, self.use_cache = model, use_cache
+        length = max(part.ids.shape[1] for part in prompts.values())
+        self.prompts = {name: part.padded(length) for name, part in prompts.items()}
+        self.cache = _usable(model, cache, length if capacity is None else capacity)
+        self.steps = dict(steps)
+        if use_cache and not _rows_can_change(self.cache):
+            whole = (0, max(last for _, last in steps.values()))
+            self.steps = dict.fromkeys(steps, whole)
+        self.names: tuple[str, ...] = ()
+        self._held = 0  # tokens in the cache behind the prompts
+        accepted = inspect.signature(model.forward).parameters
+        self._few_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_positions = "position_ids" in accepted
+        self._padded = any(bool((part.mask == 0).any()) for part in self.prompts.values())
+
+    def __call__(self, index: int, ids: Tensor) -> dict[str, Tensor]:
+        """Logits of the next token, at least in every branch that step ``index`` needs.
+
+        Args:
+            index: of the step; later than that of the call before.
+            ids: tokens so far (R, n), without the prompts.
+
+        Returns:
+            (R, V) of each branch, float32.
+        """
+        wanted = [name for name, (first, last) in self.steps.items() if first <= index <= last]
+        if not self.use_cache:
+            return self._run(wanted, self._everything(wanted, ids), None, ids.shape[1])
+        self._keep([name for name in self.names if name in wanted], len(ids))
+        outputs: dict[str, Tensor] = {}
+        if self.names:
+            rows = torch.cat([ids[:, self._held :]] * len(self.names))
+            outputs = self._run(self.names, rows, self.cache, ids.shape[1])
+        joining = tuple(name for name in wanted if name not in self.names)
+        if joining:
+            cache = DynamicCache(config=self.model.config) if self.names else self.cache
+            outputs |= self._run(joining, self._everything(joining, ids), cache, ids.shape[1])
+            if self.names:
+                _append(self.cache, cache)
+            self.names += joining
+        self._held = ids.shape[1]
+        return outputs
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence i goes on as sequence ``index[i]`` did; index is int64 (R,)."""
+        if self.names and self.use_cache:
+            rows = torch.cat([index + i * len(index) for i in range(len(self.names))])
+            self.cache.batch_select_indices(rows)
+
+    def _keep(self, names: Sequence[str], rows: int) -> None:
+        if tuple(names) == self.names:
+            return
+        kept = [i for i, name in enumerate(self.names) if name in names]
+        self.names = tuple(names)
+        if kept:
+            device = next(iter(self.prompts.values())).ids.device
+            index = torch.cat([torch.arange(i * rows, (i + 1) * rows, device=device) for i in kept])
+            self.cache.batch_select_indices(index)
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+
+    def _everything(self, names: Sequence[str], ids: Tensor) -> Tensor:
+        return torch.cat([torch.cat([self.prompts[name].ids, ids], dim=1) for name in names])
+
+    def _run(self, names: Sequence[str], rows: Tensor, cache: Any, drawn: int) -> dict[str, Tensor]:
+        """One call for the last tokens (R, n) of the branches, of which ``drawn`` in all are behind the prompts."""
+        prompts = torch.cat([self.prompts[name].mask for name in names])
+        mask = torch.nn.functional.pad(prompts, (0, drawn), value=1)
+        extra: dict[str, Any] = dict(self._few_logits)
+        if self._takes_positions:
+            # what is not padding counts from 0: a model with learned positions needs it, and none is hurt by it
+            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+        out = self.model(
+            input_ids=rows,
+            attention_mask=mask if self._padded else None,
+            past_key_values=cache,
+            use_cache=self.use_cache,
+            return_dict=True,
+            **extra,
+        )
+        logits = out.logits[:, -1].float()
+        count = len(rows) // len(names)
+        return dict(zip(names, logits.split(count), strict=True))
+
+
+def _usable(model: Any, cache: Any, capacity: int) -> Any:
+    """The cache, or one of its kind that is large enough."""
+    if cache is None:
+        return DynamicCache(config=model.config)
+    layers: Any = cache.layers
+    if isinstance(cache, StaticCache) and capacity > max(layer.max_cache_len for layer in layers):
+        return StaticCache(
+            config=model.config.get_text_config(decoder=True), max_cache_len=capacity
+        )
+    return cache
+
+
+def _rows_can_change(cache: Any) -> bool:
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def _append(cache: Any, other: Any) -> None:
+    """The rows of ``other`` behind those of ``cache``: of as many tokens, padding included."""
+    for own, more in zip(cache.layers, other.layers, strict=True):
+        own.keys = torch.cat([own.keys, more.keys])
+        own.values = torch.cat([own.values, more.values])

@@ -1,0 +1,121 @@
+"""Prompts of the branches as rows of one length: padded on the left, with what may be attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of a branch, one row a sequence.
+
+    Attributes:
+        ids: (R, T), int64.
+        mask: (R, T), int64; 0 at the padding, which is on the left.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def padded(self, length: int) -> Prompts:
+        """The same with ``length`` tokens a row, filled up on the left."""
+        missing = length - self.ids.shape[1]
+        ids = torch.nn.functional.pad(self.ids, (missing, 0))
+        return Prompts(ids, torch.nn.functional.pad(self.mask, (missing, 0)))
+
+    def for_rows(self, rows: int, name: str) -> Prompts:
+        """One prompt for all rows, or each one repeated for its returned sequences.
+
+        Raises:
+            ValueError: if ``rows`` is no multiple of their number.
+        """
+        own = len(self.ids)
+        if rows % own:
+            raise ValueError(
+                f"{name} holds {own} prompts for {rows} sequences, expected one, or one a prompt"
+            )
+        times = rows // own
+        return Prompts(
+            self.ids.repeat_interleave(times, dim=0), self.mask.repeat_interleave(times, dim=0)
+        )
+
+
+def as_prompts(
+    given: Any,
+    name: str,
+    device: torch.device,
+    mask: Tensor | None = None,
+    padding: int | None = None,
+) -> Prompts:
+    """What a caller may give for the prompts of a branch.
+
+    Args:
+        given: ids (T,) or (R, T); a list of ids of different lengths; or what a tokenizer returns, with "input_ids" and
+            "attention_mask".
+        name: of the argument, for errors.
+        device: where the rows belong.
+        mask: of ids (R, T), 0 at the padding.
+        padding: the id of padding, which is looked for on the left where there is no mask.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if it is empty, or mask and ids differ in shape, or a row is padded on the right.
+    """
+    if isinstance(given, Mapping) or hasattr(given, "input_ids"):
+        if mask is not None:
+            raise ValueError(f"{name} brings an attention mask and another is given, expected one")
+        own = {key: given[key] for key in given}
+        return as_prompts(own["input_ids"], name, device, _tensor(own.get("attention_mask")))
+    if isinstance(given, (list, tuple)):
+        if mask is None and given and all(isinstance(row, (list, tuple, Tensor)) for row in given):
+            return _ragged(given, name, device)
+        given = torch.as_tensor(given)
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int64, torch.int32):
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(
+            f"{name} is {kind}, expected token ids (T,) or (R, T), a list of these, or a tokenizer's output"
+        )
+    ids = given.to(device).long()
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) == 0:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected at least one token a row")
+    if mask is None:
+        known = torch.ones_like(ids)
+        if padding is not None:
+            known = (ids != padding).long().cummax(1).values  # as far as it is on the left
+    else:
+        known = mask.to(device).long()
+        known = known[None] if known.ndim == 1 else known
+    if known.shape != ids.shape:
+        raise ValueError(
+            f"the attention mask of {name} has shape {tuple(known.shape)}, expected {tuple(ids.shape)}"
+        )
+    if bool((known[:, -1] == 0).any()):
+        raise ValueError(
+            f"{name} has a row whose last token is masked, expected padding on the left, as from "
+            "tokenizer(..., padding_side='left')"
+        )
+    return Prompts(ids, known)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value)
+
+
+def _ragged(rows: Sequence[Any], name: str, device: torch.device) -> Prompts:
+    parts = [as_prompts(torch.as_tensor(row), f"{name}[{i}]", device) for i, row in enumerate(rows)]
+    if any(len(part.ids) != 1 for part in parts):
+        raise ValueError(f"{name} holds ids of more than one dimension, expected (T,) each")
+    return together(parts)
+
+
+def together(prompts: Sequence[Prompts]) -> Prompts:
+    """Several groups of rows as one, all as long as the longest."""
+    length = max(part.ids.shape[1] for part in prompts)
+    padded = [part.padded(length) for part in prompts]
+    return Prompts(torch.cat([part.ids for part in padded]), torch.cat([p.mask for p in padded]))
