@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 from models import TokenTransformer, TokenTransformerConfig
 from unicfg import ConditionDropout, Guidance, sample_autoregressive
 from unicfg.guidance import schedules
+from unicfg.integrations.transformers import guided_generate
 
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 1024, 384, 6, 6, 1024
 PREFIX, TOKENS, SCALE = 16, 256, 3.0
@@ -27,6 +28,7 @@ OURS, COMPILED = "unicfg, guided", "unicfg, guided, compiled"
 PLAIN, PLAIN_COMPILED = "unicfg, s = 1", "unicfg, s = 1, compiled"
 LATE = "unicfg, guided from 60 % on"
 THEIRS = "transformers generate(guidance_scale=3)"
+OURS_THERE = "transformers generate(custom_generate=guided_generate)"
 BATCHED, MINIMAL = (
     "transformers, both branches in one batch",
     "a minimal loop, compiled, guided",
@@ -79,7 +81,7 @@ class InOneBatch(LogitsProcessor):  # type: ignore[misc]
 
 
 def transformers_cases(batch: int) -> dict[str, Case]:
-    """A Llama of the same size: unguided, with ``guidance_scale``, and with both branches in one batch."""
+    """A Llama of the same size: unguided, with ``guidance_scale``, with ours in its place, with both branches in one batch."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -109,9 +111,19 @@ def transformers_cases(batch: int) -> dict[str, Case]:
             **options,
         )
 
+    def guided_by_us() -> Tensor:
+        return model.generate(
+            cond,
+            custom_generate=guided_generate,
+            guidance=Guidance(SCALE),
+            uncond_ids=null,
+            **drawing,
+        )
+
     return {
         "transformers generate, s = 1": lambda: model.generate(cond, **drawing),
         THEIRS: guided,
+        OURS_THERE: guided_by_us,
         BATCHED: in_one_batch,
     }
 
@@ -210,6 +222,7 @@ def group(batch: int) -> Group:
         ("guided from 60 % on, against unguided", LATE, PLAIN, "at least 0.80"),
         ("guided, against unguided", OURS, PLAIN, "-"),
     ]
+    ratios.append((f"`guided_generate`, against `{THEIRS}`", OURS_THERE, THEIRS, "1.5"))
     wanted = "5" if batch == 1 else "2.4"
     ratios += [
         (f"guided, compiled, against `{THEIRS}`", COMPILED, THEIRS, wanted),

@@ -165,11 +165,14 @@ def test_prompts_of_different_lengths(model):
     for row, prompt, null in zip(out, prompts, nulls, strict=True):
         alone = by_hand(model, prompt, torch.tensor(null), 2.5)
         assert torch.equal(row[-NEW:], alone[-NEW:])
-    # padded by hand, with a mask, and without one where the padding can be told
+    # padded by hand, with a mask; without one the padding counts
     padded = torch.tensor([[0] * 6 + [2], nulls[1]])
-    for more in ({"uncond_attention_mask": (padded > 0).long()}, {}):
-        again = guided(model, ids, uncond_ids=padded, attention_mask=(ids > 0).long(), **more)
-        assert torch.equal(again, out)
+    own = {"attention_mask": (ids > 0).long()}
+    more = {"uncond_attention_mask": (padded > 0).long()}
+    assert torch.equal(guided(model, ids, uncond_ids=padded, **own, **more), out)
+    seen = guided(model, ids, uncond_ids=padded, **own)
+    expected = by_hand(model, prompts[0], padded[0], 2.5)
+    assert torch.equal(seen[0, -NEW:], expected[-NEW:])
     tokenized = {"input_ids": padded, "attention_mask": (padded > 0).long()}
     assert torch.equal(
         guided(model, ids, uncond_ids=tokenized, attention_mask=(ids > 0).long()), out
@@ -387,6 +390,30 @@ def test_the_processor_draws_what_the_batched_loop_draws(model):
             do_sample=False,
         )
     assert torch.equal(out, guided(model, s=late)) and len(shapes) == NEW + 2
+
+
+def test_what_a_mitigation_remembers_is_forgotten_between_samplings(llama):
+    class Counting:
+        """Adds to token 0 what it has been called."""
+
+        def begin(self):
+            self.calls = 0
+            return self.step
+
+        def step(self, guided, cond_out, uncond_out):
+            self.calls += 1
+            return guided + 5.0 * self.calls * (torch.arange(V) == 0)
+
+        def __call__(self, guided, cond_out, uncond_out):
+            raise AssertionError("begin was not called")
+
+    guidance = Guidance(2.5, (Counting(),))
+    first, own = guided(llama, s=guidance), processor(llama, guidance=guidance)
+    assert not torch.equal(first, guided(llama))
+    for _ in range(2):
+        assert torch.equal(guided(llama, s=guidance), first)
+        out = llama.generate(PROMPTS, logits_processor=own, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(out, first)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -76,7 +76,7 @@ def guided_generate(
         guidance_scale: the same as ``guidance=Guidance(guidance_scale)``; named here, or transformers would guide as well.
         uncond_ids: prompts of the unconditional rows, of any length: ids (T,) for all, (R, T), a list of ids of different
             lengths, or a tokenizer's output. ``ids[:, -1:]`` is what transformers takes by itself.
-        uncond_attention_mask: of ``uncond_ids``, 0 at the padding on the left; None looks for the padding token there.
+        uncond_attention_mask: of ``uncond_ids``, 0 at the padding on the left; without it every token counts.
         branches: what runs in the branches that ``guidance`` names beside "cond" and "uncond"; ``Branch(cond)`` takes what
             ``uncond_ids`` takes, ``Branch(model=...)`` another causal language model with the same vocabulary.
         seeds: one int a sequence, for ``do_sample``: the same seed draws the same tokens in any batch. None draws from
@@ -116,7 +116,6 @@ def guided_generate(
         uncond_attention_mask,
         {} if branches is None else branches,
         guidance,
-        _padding(generation_config),
     )
     steps = _steps(guidance, progresses)
     runs = [
@@ -201,14 +200,6 @@ def _or_ones(mask: Tensor | None, ids: Tensor) -> Tensor:
     return torch.ones_like(ids) if mask is None else mask
 
 
-def _padding(config: Any) -> int | None:
-    """The padding token, where it can be told from the end of a text."""
-    pad, eos = config._pad_token_tensor, config._eos_token_tensor
-    if pad is None or (eos is not None and bool(torch.isin(pad, eos).any())):
-        return None
-    return int(pad)
-
-
 def _networks(
     model: Any,
     cond: Prompts,
@@ -217,7 +208,6 @@ def _networks(
     uncond_attention_mask: Tensor | None,
     branches: Mapping[str, Branch],
     guidance: Guidance,
-    padding: int | None,
 ) -> list[tuple[Any, dict[str, Prompts]]]:
     """Which model runs which branches, with which prompts."""
     unknown = [name for name in branches if name not in guidance.branch_names or name == "cond"]
@@ -235,7 +225,7 @@ def _networks(
                 raise ValueError(
                     "guidance needs an unconditional branch: expected uncond_ids=, as in uncond_ids=ids[:, -1:]"
                 )
-            own = as_prompts(uncond_ids, "uncond_ids", device, uncond_attention_mask, padding)
+            own = as_prompts(uncond_ids, "uncond_ids", device, uncond_attention_mask)
             own = own.for_rows(rows, "uncond_ids")
         elif name != "cond":
             if name not in branches:
@@ -251,7 +241,7 @@ def _networks(
                 network, _ = network_and_null(branch.model, None)
                 check_causal(network, f"the model of the branch {name!r}")
             if branch.cond is not None:
-                own = as_prompts(branch.cond, label, device, None, padding).for_rows(rows, label)
+                own = as_prompts(branch.cond, label, device).for_rows(rows, label)
         group = next((held for known, held in result if known is network), None)
         if group is None:
             result.append((network, {name: own}))

@@ -49,7 +49,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         num_tokens: int | None = None,
     ) -> None:
         check_causal(model)
-        self.guidance = begin_guidance(guidance, "logits")
+        self.guidance = guidance
+        self._running = begin_guidance(guidance, "logits")
         if set(guidance.branch_names) - {"cond", "uncond"}:
             raise ValueError(
                 f"guidance has the branches {guidance.branch_names}, expected 'cond' and 'uncond': use guided_generate"
@@ -77,12 +78,12 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 f"token {index} is asked for and num_tokens is {self.num_tokens}, expected at least {index + 1}"
             )
         progress = 0.0 if self.num_tokens is None else progress_at(index, self.num_tokens)
-        needed = self.guidance.branches_at(progress)
+        needed = self._running.branches_at(progress)
         outputs = {"cond": scores.float()} if "cond" in needed else {}
         if "uncond" in needed:
             outputs |= self._rows(index, input_ids[:, self._start :])
         ordered = {name: outputs[name] for name in needed}
-        guided = combine(self.guidance, progress, ordered, f"token {index}")
+        guided = combine(self._running, progress, ordered, f"token {index}")
         return guided.out.log_softmax(-1)
 
     def _go_on(self, ids: Tensor) -> None:
@@ -100,7 +101,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 return
         self._start = ids.shape[1]
         self._rows = self._anew(len(ids))
-        self.guidance = self.guidance.begin("logits")
+        self._running = self.guidance.begin("logits")
 
     def _anew(self, rows: int) -> CausalRows:
         prompts = self.prompts.for_rows(rows, "uncond_ids")

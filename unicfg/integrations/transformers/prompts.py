@@ -50,7 +50,6 @@ def as_prompts(
     name: str,
     device: torch.device,
     mask: Tensor | None = None,
-    padding: int | None = None,
 ) -> Prompts:
     """What a caller may give for the prompts of a branch.
 
@@ -59,8 +58,7 @@ def as_prompts(
             "attention_mask".
         name: of the argument, for errors.
         device: where the rows belong.
-        mask: of ids (R, T), 0 at the padding.
-        padding: the id of padding, which is looked for on the left where there is no mask.
+        mask: of ids (R, T), 0 at the padding; without one every token counts, whatever its id.
 
     Raises:
         TypeError: if it is something else.
@@ -84,13 +82,8 @@ def as_prompts(
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) == 0:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected at least one token a row")
-    if mask is None:
-        known = torch.ones_like(ids)
-        if padding is not None:
-            known = (ids != padding).long().cummax(1).values  # as far as it is on the left
-    else:
-        known = mask.to(device).long()
-        known = known[None] if known.ndim == 1 else known
+    known = torch.ones_like(ids) if mask is None else mask.to(device).long()
+    known = known[None] if known.ndim == 1 else known
     if known.shape != ids.shape:
         raise ValueError(
             f"the attention mask of {name} has shape {tuple(known.shape)}, expected {tuple(ids.shape)}"
