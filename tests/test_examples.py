@@ -1,4 +1,4 @@
-"""The example of a model that is not ours: it is guided in few lines, and guidance does what it says."""
+"""The examples of models that are not ours: guided in few lines, and guidance does what it says."""
 
 import runpy
 from pathlib import Path
@@ -33,3 +33,13 @@ def test_guidance_makes_words_and_pictures_right():
         assert right[0.0][half] < 0.35
         assert right[1.0][half] + 0.1 < right[4.0][half]
         assert right[4.0][half] > 0.8
+
+
+def test_a_gpt2_believes_what_it_reads_the_more_the_higher_the_scale(tmp_path):
+    example = runpy.run_path(str(FILE.with_name("context_aware.py")))
+    model = example["train"](120)
+    scales = [0.0, 1.0, 2.0]
+    shares = example["believes"](model, scales, 200)
+    assert shares[0] < 0.1 and 0.4 < shares[1] < 0.8 and shares[2] > 0.95
+    example["plot"](scales, shares, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
