@@ -7,13 +7,19 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +31,8 @@ from models.denoiser import LatentDenoiser
 from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
 from models.token_transformer import MaskedTransformer, TokenTransformer
-from tokenizers_vq import VQTokenizer
+from tokenizers_vq import Facts, VQTokenizer
+from tokenizers_vq.cards import upload, write_card
 from tokenizers_vq.hub import (
     FORMAT_VERSION,
     WEIGHTS,
@@ -562,11 +569,70 @@ class TextToImage:
         null_file = folder / self.family / NULL_FILE
         write_atomically({NULL_KEY: null.detach().cpu()}, null_file, {})
         save_part(self.network, folder / self.family, dtype)
-        families = [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()]
-        description = {"format_version": FORMAT_VERSION, "families": families}
         # last, so that what it names is there
-        write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
+        _describe(folder, [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()])
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        facts: Facts,
+        *,
+        prompts: Sequence[str] = (),
+        guidance: Guidance | None = None,
+        dtype: torch.dtype | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload weights and card",
+    ) -> str:
+        """Send the pipeline and a card to a repository of the Hugging Face hub; other families that it holds stay.
+
+        Args:
+            repo_id: as in "someone/shapes"; made if need be. ``from_pretrained(repo_id)`` reads it again.
+            facts: for the card.
+            prompts: of the card's picture, a row of seeds 0 to 7 each; none takes ``facts.picture``.
+            guidance: of these pictures; None is ``Guidance(3.0)``.
+            dtype: of the weights on disk, see :meth:`save_pretrained`.
+            private: of a new repository.
+            token: of the hub; None takes the one that is logged in.
+            message: of the commit.
+
+        Returns:
+            the address of the commit.
+        """
+        guidance = Guidance(3.0) if guidance is None else guidance
+        if prompts:
+            rows = "; ".join(f"“{prompt}”" for prompt in prompts)
+            caption = (
+                f"Rows: {rows}. Family {self.family}, {guidance}, seeds 0 to 7, nothing was picked."
+            )
+            facts = replace(facts, picture=self._samples(prompts, guidance), caption=caption)
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, dtype=dtype)
+            families = [*_families_on_hub(repo_id, token), self.family]
+            _describe(folder, [family for family in MODEL_CLASSES if family in families])
+            code = (
+                "from models import TextToImage\nfrom unicfg import Guidance\n\n"
+                f"pipe = TextToImage.from_pretrained({repo_id!r}, family={self.family!r})\n"
+                f'images = pipe(["..."], guidance=Guidance(3.0), seeds=[0])'
+            )
+            about = (
+                f"Text to images by guided token models of unicfg: {', '.join(sorted(families))}."
+            )
+            write_card(folder, repo_id, about, code, facts, families, "text-to-image")
+
+        return upload(repo_id, write, private=private, token=token, message=message)
+
+    def _samples(self, prompts: Sequence[str], guidance: Guidance) -> Image.Image:
+        columns = 8
+        every = [prompt for prompt in prompts for _ in range(columns)]
+        images = self(every, guidance=guidance, seeds=[*range(columns)] * len(prompts))
+        width, height = images[0].size
+        grid = Image.new("RGB", (columns * width, len(prompts) * height))
+        for i, image in enumerate(images):
+            grid.paste(image, (i % columns * width, i // columns * height))
+        return grid
 
     @classmethod
     def from_pretrained(cls, name: Path | str, family: str | None = None) -> TextToImage:
@@ -614,6 +680,23 @@ def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:
                 f"the model has {model} {what} and the tokenizer {codec}: "
                 "they were not trained together"
             )
+
+
+def _describe(folder: Path, families: Sequence[str]) -> None:
+    description = {"format_version": FORMAT_VERSION, "families": list(families)}
+    write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
+
+
+def _families_on_hub(repo_id: str, token: str | None) -> list[str]:
+    """The families that a repository holds; none where there is no repository yet."""
+    try:
+        file = hf_hub_download(repo_id, DESCRIPTION, token=token)
+    except LocalEntryNotFoundError:
+        raise  # the hub was not reached: nothing is known
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        return []
+    families: list[str] = read_json(Path(file))["families"]
+    return families
 
 
 def held_families(name: Path | str) -> list[str]:

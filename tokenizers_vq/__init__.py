@@ -5,6 +5,7 @@ One autoencoder serves every family: token models read and write its ``ids``, di
 Shape letters: B batch, H W image pixels, h w latent grid, C latent channels, V codebook size.
 """
 
+from tokenizers_vq.cards import Facts
 from tokenizers_vq.images import to_float, to_images
 from tokenizers_vq.losses import AdversarialLoss, reconstruction_loss
 from tokenizers_vq.quantizers import codebook_statistics
@@ -12,6 +13,7 @@ from tokenizers_vq.tokenizer import VQTokenizer, VQTokenizerConfig
 
 __all__ = [
     "AdversarialLoss",
+    "Facts",
     "VQTokenizer",
     "VQTokenizerConfig",
     "codebook_statistics",

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizers_vq.cards import CARD, Facts, upload, write_card
+
 FORMAT_VERSION = 1  # written into every config; a reader refuses what it does not know
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -169,8 +171,60 @@ class StrictHubMixin(PyTorchModelHubMixin):
         model.eval()
         return model
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_part(self, save_directory)
+    def save_pretrained(self, folder: Path | str, facts: Facts | None = None) -> Path:  # type: ignore[override]
+        """Write configuration, weights and a card.
+
+        Args:
+            folder: made if need be.
+            facts: for the card; None leaves one alone that is there.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_part(self, folder)
+        if facts is not None or not (folder / CARD).exists():
+            self._write_card(folder, folder.name, facts)
+        return folder
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        facts: Facts,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload weights and card",
+    ) -> str:
+        """Send configuration, weights and a card to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: as in "someone/tokenizer"; made if need be.
+            facts: for the card.
+            private: of a new repository.
+            token: of the hub; None takes the one that is logged in.
+            message: of the commit.
+
+        Returns:
+            the address of the commit.
+        """
+
+        def write(folder: Path) -> None:
+            save_part(self, folder)
+            self._write_card(folder, repo_id, facts)
+
+        return upload(repo_id, write, private=private, token=token, message=message)
+
+    def _write_card(self, folder: Path, name: str, facts: Facts | None) -> None:
+        kind = type(self).__name__
+        assert isinstance(self, nn.Module)
+        count = sum(p.numel() for p in self.parameters()) / 1e6
+        module = type(self).__module__.split(".")[0]
+        code = f"from {module} import {kind}\n\nmodel = {kind}.from_pretrained({name!r})"
+        about = f"A `{kind}` of unicfg, {count:.1f} M parameters."
+        tags = self._hub_mixin_info.model_card_data.tags or []
+        write_card(folder, name, about, code, facts, tags)
 
 
 def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

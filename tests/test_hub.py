@@ -1,0 +1,116 @@
+"""A repository of the hub is read as a folder is, and its card says what its readers must know."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+
+import models.pipeline
+import tokenizers_vq.cards
+import tokenizers_vq.hub
+from models import TextToImage, TokenTransformer
+from tokenizers_vq import Facts, VQTokenizer
+from unicfg import Guidance
+
+FACTS = Facts(
+    data="Drawn by `unicfg`.", licence="cc0-1.0", recipe="steps: 3", numbers="97 %", limits="Small."
+)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Repositories as folders; no network is asked."""
+    root = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/{commit_message}")
+
+    def snapshot(name, **options):
+        if not (root / name).is_dir():
+            missing = SimpleNamespace(headers={}, request=None)
+            raise RepositoryNotFoundError("no such repository", response=missing)
+        return str(root / name)
+
+    monkeypatch.setattr(tokenizers_vq.cards, "HfApi", Api)
+    monkeypatch.setattr(tokenizers_vq.hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(models.pipeline, "snapshot_download", snapshot)
+    monkeypatch.setattr(
+        models.pipeline,
+        "hf_hub_download",
+        lambda name, file, token=None: str(Path(snapshot(name)) / file),
+    )
+    return root
+
+
+def test_a_pipeline_goes_there_and_back_with_all_its_families(hub, tmp_path):
+    ar = TextToImage.from_pretrained("shapes", "ar")
+    flow = TextToImage.from_pretrained("shapes", "flow")
+    options = {"guidance": Guidance(3.0), "seeds": [0]}
+    address = ar.push_to_hub("me/shapes", FACTS, dtype=torch.float16, private=True)
+    assert address == "https://hub/me/shapes/Upload weights and card"
+    flow.push_to_hub("me/shapes", FACTS, prompts=["a red circle", "two small blue squares"])
+    assert models.pipeline.held_families("me/shapes") == ["ar", "flow"]
+    for pipe in (ar, flow):
+        again = TextToImage.from_pretrained("me/shapes", pipe.family)
+        images = [p(["a red circle"], **options)[0].tobytes() for p in (pipe, again)]
+        assert images[0] == images[1]  # shipped weights are in half precision already
+    card = ModelCard.load(hub / "me/shapes/README.md")
+    assert card.data.license == "cc0-1.0" and card.data.pipeline_tag == "text-to-image"
+    for text in ("Drawn by", "97 %", "steps: 3", "Small.", "a red circle", "seeds 0 to 7"):
+        assert text in card.text
+    from PIL import Image
+
+    with Image.open(hub / "me/shapes/samples.png") as grid:
+        side = images and flow(["a red circle"], **options)[0].width
+        assert grid.size == (8 * side, 2 * side)
+        first = flow(["a red circle"], **options)[0]
+        assert grid.crop((0, 0, side, side)).tobytes() == first.tobytes()
+
+
+def test_parts_by_themselves(hub, tmp_path):
+    pipe = TextToImage.from_pretrained("shapes", "ar")
+    for part, kind in ((pipe.tokenizer, VQTokenizer), (pipe.network, TokenTransformer)):
+        part.push_to_hub("me/part", FACTS)
+        again = kind.from_pretrained("me/part")
+        for own, other in zip(part.parameters(), again.parameters(), strict=True):
+            assert torch.equal(own, other)
+        card = (hub / "me/part/README.md").read_text()
+        assert "from_pretrained('me/part')" in card and kind.__name__ in card
+        assert "license: cc0-1.0" in card and "Drawn by" in card
+        part.save_pretrained(tmp_path / kind.__name__)
+        assert "nothing was said" in (tmp_path / kind.__name__ / "README.md").read_text()
+        # a card that is there is left alone, unless there is something to say
+        (tmp_path / kind.__name__ / "README.md").write_text("mine")
+        part.save_pretrained(tmp_path / kind.__name__)
+        assert (tmp_path / kind.__name__ / "README.md").read_text() == "mine"
+        part.save_pretrained(tmp_path / kind.__name__, FACTS)
+        assert "Drawn by" in (tmp_path / kind.__name__ / "README.md").read_text()
+
+
+def test_a_card_without_data_or_licence_is_refused():
+    for data, licence, name in (("", "mit", "data"), ("drawn", " ", "licence")):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            Facts(data=data, licence=licence)
+
+
+def test_what_cannot_be_drawn_leaves_no_repository(hub):
+    pipe = TextToImage.from_pretrained("shapes", "ar")
+    with pytest.raises(ValueError, match="branch"):
+        from unicfg.guidance import branches
+
+        guidance = Guidance(branches.negative(2.0, 1.0))
+        pipe.push_to_hub("me/none", FACTS, prompts=["a red circle"], guidance=guidance)
+    assert not (hub / "me").exists()
