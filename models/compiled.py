@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.packed import pack
+from models.quantized import stored
 
 _FEW_ROWS = 8  # measured: 2.9 against 3.1 ms at 4 rows, 12.5 against 8.5 at 16
 
@@ -147,7 +148,7 @@ def _same_weights(network: nn.Module) -> nn.Module:
 
 def _checksum(network: nn.Module) -> Tensor:
     """Numbers for each parameter, which training, a permutation, or another dtype changes."""
-    parameters = [p.detach().flatten() for p in network.parameters()]
+    parameters = [part.flatten() for p in network.parameters() for part in stored(p)]
     longest = max(len(p) for p in parameters)
     ramp = torch.arange(longest, dtype=torch.float32, device=parameters[0].device)
     ramp = ramp.mul_(0.7).cos_()

@@ -42,6 +42,7 @@ def can_pack(linear: nn.Linear) -> bool:
     """Whether this layer has a faster packed form on this machine."""
     return (
         type(linear) is nn.Linear  # a subclass may compute something else
+        and type(linear.weight.data) is Tensor  # and a subclass of Tensor, as int8 weights are
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and linear.weight.device.type == "cpu"

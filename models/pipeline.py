@@ -30,6 +30,7 @@ from models.compiled import is_out_of_memory
 from models.denoiser import LatentDenoiser
 from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
+from models.quantized import is_quantized, quantize
 from models.token_transformer import MaskedTransformer, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
 from tokenizers_vq.cards import upload, write_card
@@ -232,6 +233,19 @@ class TextToImage:
                 start += count
                 bar.update(count)
         return torch.cat(finished)
+
+    def quantize(self) -> TextToImage:
+        """The same pipeline with its network's weights as int8, for sampling on devices where reading them takes the time.
+
+        What it changes in the distribution of tokens is in ``benchmarks/results/int8.md``.
+
+        Raises:
+            ImportError: if torchao is not installed: it comes with the extra ``int8``.
+        """
+        null = self.model.null_condition
+        assert isinstance(null, Tensor)
+        wrapped = ConditionDropout(quantize(self.network), null).eval().to(self.device)
+        return TextToImage(self.text, wrapped, self.tokenizer, self.family)
 
     def memory_needed(self, images: int, *, branches: int = 2) -> int:
         """About how many bytes a batch takes besides the weights: caches, hidden states, logits and pixels.
@@ -560,7 +574,12 @@ class TextToImage:
 
         Raises:
             OSError: if it cannot be written.
+            ValueError: if the weights are quantized: keep the pipeline that they were made from.
         """
+        if is_quantized(self.network):
+            raise ValueError(
+                "the network's weights are int8, which are not saved: expected the pipeline that quantize() was called on"
+            )
         folder = Path(folder)
         null = self.model.null_condition
         assert isinstance(null, Tensor)
