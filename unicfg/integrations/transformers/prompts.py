@@ -1,4 +1,4 @@
-"""Prompts of the branches as rows of one length: padded on the left, with what may be attended to."""
+"""Prompts as rows of one length, padded on the left: ids with a mask, or both in one tensor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+HIDDEN = -1  # in a condition that is one tensor: a place that no token attends to
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,34 @@ def together(prompts: Sequence[Prompts]) -> Prompts:
     length = max(part.ids.shape[1] for part in prompts)
     padded = [part.padded(length) for part in prompts]
     return Prompts(torch.cat([part.ids for part in padded]), torch.cat([p.mask for p in padded]))
+
+
+def as_condition(input_ids: Tensor, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Prompts as one tensor: the token ids, and -1 where the mask hides a place.
+
+    Args:
+        input_ids: (B, T), int64.
+        attention_mask: (B, T), 0 at the padding; None hides nothing.
+        device: where the model is.
+
+    Returns:
+        (B, T), int64.
+
+    Raises:
+        TypeError: if ``input_ids`` is no tensor of integers.
+        ValueError: if shapes differ.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids is {kind}, expected token ids (B, T), int64")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, T)")
+    ids = input_ids.to(device).long()
+    if attention_mask is None:
+        return ids
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    return ids.masked_fill(attention_mask.to(device) == 0, HIDDEN)
