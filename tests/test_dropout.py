@@ -139,6 +139,29 @@ def test_nested_conditions():
     assert {name for name, _ in wrapped.named_parameters()} == {"null_0", "null_1"}
 
 
+def test_embeddings_with_a_mask():
+    """The null embedding is trained and its mask is saved; both are dropped for the same samples, at the stated rate."""
+    n, p = 4000, 0.25
+    null = (torch.full((3, 2), 7.0), torch.tensor([True, False, False]))
+    wrapped = ConditionDropout(Recorder(), null, p=p).train()
+    embeddings, mask = torch.zeros(n, 3, 2), torch.ones(n, 3, dtype=torch.bool)
+    wrapped(torch.zeros(n), (embeddings, mask))
+    seen, seen_mask = wrapped.model.cond
+    dropped = ~seen_mask[:, 1]
+    assert torch.equal((seen == 7).all((1, 2)), dropped) and torch.equal(seen_mask.all(1), ~dropped)
+    assert abs(dropped.float().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
+    seen.sum().backward()
+    own, own_mask = wrapped.null_condition
+    assert isinstance(own, nn.Parameter) and (own.grad == dropped.sum()).all()
+    assert own_mask.dtype == torch.bool and not isinstance(own_mask, nn.Parameter)
+    assert {name for name, _ in wrapped.named_parameters()} == {"null_0"}
+    assert {name for name, _ in wrapped.named_buffers()} == {"null_1"}
+    other = ConditionDropout(Recorder(), (torch.zeros(3, 2), torch.ones(3, dtype=torch.bool)))
+    other.load_state_dict(wrapped.state_dict())
+    for ours, theirs in zip(wrapped.null_condition, other.null_condition, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_named_tuples_and_awkward_keys():
     Pair = namedtuple("Pair", "text size")
     cond = {"a": {"b.c": Pair(torch.ones(3, 2), torch.ones(3, 1))}, "a_b": torch.ones(3, 4)}

@@ -8,6 +8,7 @@ stands in ``unicfg.guidance.core``, the samplers in ``unicfg.sampling``, the tra
 from unicfg.guidance import Guidance, guide, scale_from_beta, scale_from_w
 from unicfg.sampling import (
     Branch,
+    guided_call,
     sample_autoregressive,
     sample_diffusion,
     sample_hybrid,
@@ -23,6 +24,7 @@ __all__ = [
     "Guidance",
     "drop_condition",
     "guide",
+    "guided_call",
     "sample_autoregressive",
     "sample_diffusion",
     "sample_hybrid",

@@ -2,6 +2,7 @@
 
 from unicfg.sampling.autoregressive import TokenStep, Uncached, sample_autoregressive
 from unicfg.sampling.branches import Branch
+from unicfg.sampling.calls import guided_call
 from unicfg.sampling.classifier import ClassifierDenoiser, ClassifierTokens
 from unicfg.sampling.diffusion import sample_diffusion
 from unicfg.sampling.hybrid import LatentStep, sample_hybrid
@@ -21,6 +22,7 @@ __all__ = [
     "Uncached",
     "UnmaskingStep",
     "cosine",
+    "guided_call",
     "linear",
     "sample_autoregressive",
     "sample_diffusion",

@@ -43,7 +43,7 @@ def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor
         if not isinstance(null_condition, (tuple, list)) or len(condition) != len(null_condition):
             raise TypeError(f"null_condition is no sequence of {len(condition)} entries")
         pairs = zip(condition, null_condition, strict=True)
-        return _like(condition, [drop_condition(c, n, drop) for c, n in pairs])
+        return same_kind(condition, [drop_condition(c, n, drop) for c, n in pairs])
     if not isinstance(null_condition, Tensor) or condition.dtype != null_condition.dtype:
         kind = getattr(null_condition, "dtype", type(null_condition).__name__)
         raise TypeError(f"condition is {condition.dtype} and null_condition {kind}, expected equal")
@@ -108,7 +108,7 @@ class ConditionDropout(nn.Module):
         if isinstance(condition, dict):
             return {k: self._register(v) for k, v in condition.items()}
         if isinstance(condition, (tuple, list)):
-            return _like(condition, [self._register(v) for v in condition])
+            return same_kind(condition, [self._register(v) for v in condition])
         name = f"null_{sum(key.startswith('null_') for key in (*self._parameters, *self._buffers))}"
         if condition.is_floating_point():
             self.register_parameter(name, nn.Parameter(condition.detach().clone()))
@@ -125,7 +125,7 @@ class ConditionDropout(nn.Module):
         if isinstance(structure, dict):
             return {k: self._lookup(v) for k, v in structure.items()}
         if isinstance(structure, (tuple, list)):
-            return _like(structure, [self._lookup(v) for v in structure])
+            return same_kind(structure, [self._lookup(v) for v in structure])
         tensor: Tensor = getattr(self, structure)
         return tensor
 
@@ -145,7 +145,7 @@ class ConditionDropout(nn.Module):
         self._random.set_state(state.cpu())
 
 
-def _like(example: Any, items: list[Any]) -> Any:
+def same_kind(example: Any, items: list[Any]) -> Any:
     """Items as a list, tuple or named tuple, whichever the example is."""
     return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
 
