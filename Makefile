@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-hosts bench clean
 
 # The constraints pin the tested set.
 .venv/installed: pyproject.toml constraints.txt
@@ -24,13 +24,24 @@ test: .venv/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+# The integrations with other releases of their hosts: the newest, or those in HOSTS="transformers==5.20.0 diffusers==0.36.0".
+HOSTS ?= transformers diffusers
+HOST_TESTS := guided_generate janus musicgen vibevoice diffusers_guider k_diffusion parity
+
+test-hosts:
+	$(PYTHON) -m venv --clear .venv-hosts
+	grep '^torch==' constraints.txt > .venv-hosts/torch.txt
+	.venv-hosts/bin/python -m pip install --quiet --constraint .venv-hosts/torch.txt --editable '.[eval]' $(HOSTS) pytest pytest-timeout hypothesis
+	.venv-hosts/bin/python -m pytest $(HOST_TESTS:%=tests/test_%.py)
+
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/masked.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/diffusion.py --rounds 3 --out benchmarks/results
-	$(BIN)/python benchmarks/families.py --rounds 7 --out benchmarks/results
+	$(BIN)/python benchmarks/families.py --out benchmarks/results
+	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-hosts .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1040,6 +1040,8 @@ def test_a_guider_names_what_is_missing():
         GuidanceGuider(Guidance(3.0)).set_state(5, 5, torch.tensor(0))
     scheduler = ddim()
     scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="the FluxTransformer2DModel has guidance_embeds = True"):
+        GuidanceGuider(Guidance(3.0)).prepare_models(flux().transformer)
     guider = GuidanceGuider(needing, scheduler)
     with pytest.raises(
         ValueError, match=r"timestep is \[3\] in evaluation 0, expected one of DDIM"

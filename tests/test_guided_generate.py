@@ -1,6 +1,8 @@
 """generate() of transformers with guidance: what it does where it is right, and more."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -542,6 +546,39 @@ def test_a_cache_that_has_seen_tokens_is_refused_and_an_empty_one_taken(llama):
     assert torch.equal(guided(llama, past_key_values=cache), guided(llama))
     with pytest.raises(ValueError, match="past_key_values hold 12 tokens"):
         guided(llama, past_key_values=cache)
+
+
+def test_emu3_draws_image_tokens_only():
+    """Its images are tokens of the same vocabulary as its text: rows of them, each with an end."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "max_position_embeddings": 64, "num_key_value_heads": 2} | SIZES
+    vision = {"codebook_size": 16, "embed_dim": 4, "z_channels": 4, "latent_channels": 4}
+    vision |= {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    vision |= {"hidden_size": 32, "num_attention_heads": 2, "attn_resolutions": []}
+    names = {"<image>": 60} | {f"<|visual token {i:06d}|>": 40 + i for i in range(16)}
+    config = Emu3Config(text_config=text, vq_config=vision, vocabulary_map=names)
+    model = Emu3ForConditionalGeneration(config).eval()
+    visual, end = list(range(40, 56)), 57
+
+    def allowed(batch, ids):
+        place = len(ids) - PROMPTS.shape[1]
+        return [end] if place % 4 == 3 else visual
+
+    options = {"max_new_tokens": 8, "do_sample": False, "prefix_allowed_tokens_fn": allowed}
+    out = guided(model, PROMPTS, uncond_ids=NULLS, **options)
+    assert out[:, 5:].unflatten(1, (2, 4))[..., 3].eq(end).all()
+    assert out[:, 5:].unflatten(1, (2, 4))[..., :3].sub(40).lt(16).all()
+    for row, ids, null in zip(out, PROMPTS, NULLS, strict=True):
+        theirs = {"guidance_scale": 2.5, "negative_prompt_ids": null[None]}
+        assert torch.equal(row, model.generate(ids[None], **theirs, **options)[0])
+
+
+def test_the_page_runs():
+    page = Path(__file__).parent.parent / "docs" / "integrations" / "transformers.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    scope = {}
+    exec(code, scope)
+    assert scope["out"].shape[0] == 2
 
 
 def test_importing_unicfg_imports_no_host():

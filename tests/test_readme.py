@@ -42,32 +42,59 @@ def ratios(name):
     for line in (ROOT / f"benchmarks/results/{name}.md").read_text().splitlines():
         if line.startswith("## Batch "):
             batch = int(line.removeprefix("## Batch "))
-        row = re.match(r"\| (guided.*) \| ([\d.]+)x \|", line)
+        row = re.match(r"\| (`?guided.*) \| ([\d.]+)x \|", line)
         if row:
             found[batch, row.group(1)] = row.group(2)
     return found
 
 
 def test_speeds_of_the_readme_are_those_of_the_committed_tables():
-    ar, masked, diffusion = (ratios(name) for name in ("autoregressive", "masked", "diffusion"))
     theirs, batched = "`transformers generate(guidance_scale=3)`", "transformers, both branches"
-    rows = [
-        [ar[batch, f"guided, against {theirs}"] for batch in (1, 8, 16)],
-        [ar[batch, f"guided, against `{batched} in one batch`"] for batch in (1, 8, 16)],
-        [ar[batch, f"guided, compiled, against {theirs}"] for batch in (1, 8, 16)],
-        [ar[1, f"guided, against unguided{how}"] for how in ("", ", both compiled")],
-        [masked[1, f"guided, against {who}, guided"] for who in ("aMUSEd", "muse-maskgit-pytorch")],
-        [diffusion[batch, "guided, against DiTPipeline, guided"] for batch in (1, 8)],
+    minimal = "`a minimal loop, compiled, guided`"
+    kinds = [
+        [(batch, f"guided, against {theirs}") for batch in (1, 8, 16)],
+        [(batch, f"guided, against `{batched} in one batch`") for batch in (1, 8, 16)],
+        [(batch, f"guided, compiled, against {theirs}") for batch in (1, 8, 16)],
+        [(1, f"guided, against unguided{how}") for how in ("", ", both compiled")],
+        [(1, f"guided, compiled, against {minimal}")],
+        [(batch, f"`guided_generate`, against {theirs}") for batch in (1, 8, 16)],
     ]
-    for row in rows:
-        assert f"| {' / '.join(value + ' x' for value in row)} |" in README
+    machines = [ratios(name) for name in ("epyc/autoregressive", "autoregressive")]
+    for kind in kinds:
+        cells = [
+            " / ".join(f"{own[key]} x" for key in kind) if kind[0] in own else "-"
+            for own in machines
+        ]
+        assert f"| {cells[0]} | {cells[1]} |" in README
+    masked, diffusion = ratios("masked"), ratios("diffusion")
+    peers = ("aMUSEd", "muse-maskgit-pytorch")
+    for cells in (
+        [masked[1, f"guided, against {who}, guided"] for who in peers],
+        [diffusion[batch, "guided, against DiTPipeline, guided"] for batch in (1, 8)],
+    ):
+        assert f"| {' / '.join(value + ' x' for value in cells)} |" in README
 
 
 def test_the_time_of_a_hybrid_is_that_of_the_committed_table():
     table = (ROOT / "benchmarks/results/families.md").read_text()
-    ratios = [float(r) for r in re.findall(r"\| hybrid \|.*\| ([\d.]+)x \|$", table, re.MULTILINE)]
-    assert max(ratios) <= 3  # at widths 128 and 256
-    assert f"| {ratios[0]:.2f} x / {ratios[1]:.2f} x |" in README
+
+    def against_ar(name):
+        rows = re.findall(rf"\| {name} \|.*\| ([\d.]+)x \|$", table, re.MULTILINE)
+        return [float(ratio) for ratio in rows]
+
+    narrow, wide, large = against_ar("hybrid")
+    (compiled,) = against_ar("hybrid, compiled")
+    assert max(narrow, wide) <= 3
+    assert f"| {narrow:.2f} x / {wide:.2f} x |" in README
+    assert f"| {large:.2f} x / {compiled:.2f} x |" in README
+
+
+def test_the_divergence_of_int8_is_that_of_the_committed_table():
+    table = (ROOT / "benchmarks/results/int8.md").read_text()
+    found = [
+        re.search(rf"\| {name} \| .*? \| .*? \| ([\d.]+) \|", table) for name in ("ar", "masked")
+    ]
+    assert f"| {' / '.join(row.group(1) for row in found if row)} |" in README
 
 
 def test_accuracies_of_the_readme_are_those_of_the_committed_table():

@@ -39,12 +39,13 @@ class Branch:
     """What a branch beside "cond" and "uncond" runs; see ``unicfg.guidance.branches`` for what it weighs.
 
     Attributes:
-        cond: its condition, one for all samples (T,) or (B, T); None is that of the prompt.
+        cond: its condition, one for all samples (T,) or (B, T), or whatever else the caller takes for a condition; None is
+            that of the prompt.
         model: its model, or the ``ConditionDropout`` around it: of the same kind as the sampler's, on the same tokens
             or latents. None is the sampler's own, which runs the branch in the same pass as the others.
     """
 
-    cond: Tensor | None = None
+    cond: Any = None
     model: Any = None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unicfg.guidance.core import Guidance
 from unicfg.guidance.spaces import Level, Space
+from unicfg.integrations.diffusers.layouts import check_not_distilled
 from unicfg.integrations.diffusers.timetable import (
     Timetable,
     check_branches,
@@ -134,7 +135,12 @@ class GuidanceGuider(BaseGuidance):
         ]
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Before a call of the network: look at the noisy sample, where a mitigation needs it."""
+        """Before a call of the network: look at the noisy sample, where a mitigation needs it.
+
+        Raises:
+            ValueError: if guidance is distilled into the network, as in Flux.
+        """
+        check_not_distilled(denoiser, f"the {type(denoiser).__name__}")
         super().prepare_models(denoiser)
         self._unhook()
         if self._sample is None and len(self._needed()) > 1 and needs_level(self.guidance):

@@ -85,18 +85,21 @@ def layout_of(pipe: Any) -> Layout:
     return LAYOUTS[name]
 
 
-def check_not_distilled(pipe: Any) -> None:
-    """Refuse pipelines whose network takes the scale as an input: it has no unconditional branch.
+def check_not_distilled(network: Any, name: str) -> None:
+    """Refuse a network that takes the scale as an input: it has no unconditional branch.
+
+    Args:
+        network: of a pipeline, or None.
+        name: of it, for the error.
 
     Raises:
         ValueError: says so.
     """
-    signs = (("unet", "time_cond_proj_dim"), ("transformer", "guidance_embeds"))
-    for component, setting in signs:
-        config = getattr(getattr(pipe, component, None), "config", None)
-        if config is not None and config.get(setting):
+    config = getattr(network, "config", None) or {}
+    for setting in ("time_cond_proj_dim", "guidance_embeds"):
+        if config.get(setting):
             raise ValueError(
-                f"pipe is a {type(pipe).__name__} whose {component} has {setting} = {config[setting]!r}: it takes the "
-                "scale as an input, guidance is distilled into it, and what it predicts in one pass is guided "
-                "already: expected a model that was trained with condition dropout"
+                f"{name} has {setting} = {config[setting]!r}: it takes the scale as an input, guidance is distilled into "
+                "it, and what it predicts in one pass is guided already: expected a model that was trained with "
+                "condition dropout"
             )

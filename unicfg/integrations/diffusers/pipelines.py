@@ -137,7 +137,9 @@ def guided_pipeline(
         raise TypeError(
             f"pipe is a {type(pipe).__name__}, expected a pipeline of diffusers, as in DiTPipeline"
         )
-    check_not_distilled(pipe)
+    for component in ("unet", "transformer"):
+        name = f"the {component} of the {type(pipe).__name__}"
+        check_not_distilled(getattr(pipe, component, None), name)
     layout = layout_of(pipe) if layout is None else layout
     network = getattr(pipe, layout.network, None)
     if network is None:
