@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    ElectraConfig,
+    ElectraForCausalLM,
     Emu3Config,
     Emu3ForConditionalGeneration,
     Gemma3ForCausalLM,
@@ -169,14 +171,19 @@ def test_prompts_of_different_lengths(model):
     for row, prompt, null in zip(out, prompts, nulls, strict=True):
         alone = by_hand(model, prompt, torch.tensor(null), 2.5)
         assert torch.equal(row[-NEW:], alone[-NEW:])
-    # padded by hand, with a mask; without one the padding counts
+    # padded by hand, with a mask; without one nobody knows
     padded = torch.tensor([[0] * 6 + [2], nulls[1]])
     own = {"attention_mask": (ids > 0).long()}
     more = {"uncond_attention_mask": (padded > 0).long()}
     assert torch.equal(guided(model, ids, uncond_ids=padded, **own, **more), out)
-    seen = guided(model, ids, uncond_ids=padded, **own)
+    with pytest.raises(ValueError, match="begins with 0, the padding token, and there is no mask"):
+        guided(model, ids, uncond_ids=padded, **own)
+    more = {"uncond_attention_mask": torch.ones_like(padded)}  # it counts
+    seen = guided(model, ids, uncond_ids=padded, **own, **more)
     expected = by_hand(model, prompts[0], padded[0], 2.5)
     assert torch.equal(seen[0, -NEW:], expected[-NEW:])
+    ragged = {"input_ids": nulls, "attention_mask": [[1] * len(row) for row in nulls]}
+    assert torch.equal(guided(model, ids, uncond_ids=ragged, **own), out)
     tokenized = {"input_ids": padded, "attention_mask": (padded > 0).long()}
     assert torch.equal(
         guided(model, ids, uncond_ids=tokenized, attention_mask=(ids > 0).long()), out
@@ -420,6 +427,28 @@ def test_what_a_mitigation_remembers_is_forgotten_between_samplings(llama):
         assert torch.equal(out, first)
 
 
+def test_the_processor_follows_drafts_that_are_taken_back(model):
+    """Assisted decoding asks for tokens ahead, and again where they were wrong."""
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = guided(model, PROMPTS[:1], uncond_ids=NULLS[0], **options)
+    own = LogitsProcessorList([GuidedLogitsProcessor(model, Guidance(2.5), NULLS[0])])
+    for more in ({"assistant_model": make("llama", seed=5)}, {"prompt_lookup_num_tokens": 3}):
+        out = model.generate(PROMPTS[:1], logits_processor=own, **options, **more)
+        assert torch.equal(out, plain)
+
+
+def test_the_processor_takes_a_new_prompt_and_is_told_of_one_that_goes_on(llama):
+    own = GuidedLogitsProcessor(llama, Guidance(2.5), NULLS[0])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    for prompt in (PROMPTS[:1], PROMPTS[1:], PROMPTS[:1, 1:], PROMPTS):
+        out = llama.generate(prompt, logits_processor=LogitsProcessorList([own]), **options)
+        assert torch.equal(out, guided(llama, prompt, uncond_ids=NULLS[0], **options))
+    chat = torch.cat([PROMPTS, torch.tensor([[3], [4]])], 1)
+    own.begin()
+    out = llama.generate(chat, logits_processor=LogitsProcessorList([own]), **options)
+    assert torch.equal(out, guided(llama, chat, uncond_ids=NULLS[0], **options))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_beams_find_the_best_sequence_by_guided_log_probabilities(name):
     """As many beams as there are prefixes find what trying everything finds."""
@@ -496,6 +525,8 @@ def test_where_transformers_own_guidance_fails(llama):
         ),
         ({"guidance_scale": 3.0}, "expected one of the two"),
         ({"num_beams": 2}, "num_beams is 2, expected 1"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens is 2, expected None"),
+        ({"uncond_ids": []}, r"uncond_ids has shape \(1, 0\), expected at least one token"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is True"),
         ({"seeds": [0, 1]}, "seeds are given with do_sample False"),
         ({"seeds": [0], "do_sample": True}, "seeds has 1 entries for a batch of 2"),
@@ -537,12 +568,19 @@ def test_other_models_are_named():
     )
     with pytest.raises(TypeError, match="an encoder and a decoder"):
         GuidedLogitsProcessor(t5, Guidance(2.0), NULLS)
-    with pytest.raises(ValueError, match="num_tokens is None with a schedule"):
-        processor(make("llama"), guidance=Guidance(schedules.linear(1.0, 3.0)))
+    model = make("llama")
+    for scale in (schedules.linear(1.0, 3.0), branches.context_aware(schedules.linear(0.0, 5.0))):
+        with pytest.raises(ValueError, match="num_tokens is None with a schedule"):
+            processor(model, guidance=Guidance(scale))
+    electra = ElectraForCausalLM(ElectraConfig(**sizes, embedding_size=32))
+    with pytest.raises(TypeError, match="ElectraForCausalLM with is_decoder False"):
+        guided(electra)
+    with pytest.raises(ValueError, match="model is in training mode"):
+        guided(MAKERS["llama"]().train())
 
 
 def test_a_cache_that_has_seen_tokens_is_refused_and_an_empty_one_taken(llama):
-    cache = StaticCache(config=llama.config, max_cache_len=40)
+    cache = StaticCache(config=llama.config, max_cache_len=5 + NEW - 1)  # just enough
     assert torch.equal(guided(llama, past_key_values=cache), guided(llama))
     with pytest.raises(ValueError, match="past_key_values hold 12 tokens"):
         guided(llama, past_key_values=cache)
@@ -552,6 +590,7 @@ def test_emu3_draws_image_tokens_only():
     """Its images are tokens of the same vocabulary as its text: rows of them, each with an end."""
     torch.manual_seed(0)
     text = {"vocab_size": 64, "max_position_embeddings": 64, "num_key_value_heads": 2} | SIZES
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
     vision = {"codebook_size": 16, "embed_dim": 4, "z_channels": 4, "latent_channels": 4}
     vision |= {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
     vision |= {"hidden_size": 32, "num_attention_heads": 2, "attn_resolutions": []}

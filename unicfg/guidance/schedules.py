@@ -219,6 +219,21 @@ def at_levels(scale: Scale | Schedule, ratios: Sequence[float]) -> Scale | Sched
     return schedule
 
 
+def is_steady(scale: object) -> bool:
+    """Whether a scale, or every weight of branches, is known to be the same at all progress; a function is not."""
+    if isinstance(scale, (int, float, Tensor)):
+        return True
+    if isinstance(scale, constant):
+        return is_steady(scale.scale)
+    if isinstance(scale, table):
+        return len(scale.values) == 1 and is_steady(scale.values[0])
+    if not hasattr(scale, "fixed_at") or not dataclasses.is_dataclass(scale):
+        return False
+    parts = [getattr(scale, field.name) for field in dataclasses.fields(scale)]
+    flat = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
+    return all(is_steady(entry) for entry in flat if not isinstance(entry, (str, bool)))
+
+
 @dataclass(frozen=True)
 class table:
     """One value a step, from any list: the nearest value for a sampling of another length.

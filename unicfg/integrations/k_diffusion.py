@@ -12,14 +12,14 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unicfg.guidance.core import Guidance
-from unicfg.guidance.schedules import at_levels, constant, table
+from unicfg.guidance.schedules import at_levels, is_steady
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.branches import Branch, network_and_null
 from unicfg.sampling.calls import guided_call
@@ -194,7 +194,9 @@ def _one_level(sigma: Tensor, x: Tensor) -> float:
         raise ValueError(
             f"sigma is {sigma.tolist()}, expected one level for all samples, ({len(x)},), as samplers give it"
         )
-    return float(sigma[0])
+    # 0.7 in float32 is 0.69999999, which the ends of an interval must not see
+    digits = math.ceil(-math.log10(torch.finfo(sigma.dtype).eps))
+    return float(f"{float(sigma[0]):.{digits}g}")
 
 
 def _level(x: Tensor, sigma: Tensor) -> Level:
@@ -217,24 +219,9 @@ def _check_stepless(guidance: Guidance) -> None:
 def _stepless(guidance: Guidance, sigma: float) -> Guidance:
     """The guidance at a noise level, if that is all it takes to know its scale."""
     scale: Any = at_levels(guidance.scale, [sigma])  # type: ignore[arg-type]  # weights are nested schedules to it
-    if not _is_known(scale):
+    if not is_steady(scale):
         raise ValueError(
             f"sigmas is None, and the scale {guidance.scale!r} depends on progress, which sigma alone does not tell: "
             "expected sigmas, the levels that the sampler is given, or a schedule in noise levels, as in noise_interval"
         )
     return replace(guidance, scale=scale)
-
-
-def _is_known(scale: Any) -> bool:
-    """Whether a scale, or every weight of branches, is the same at all progress."""
-    if isinstance(scale, (int, float, Tensor)):
-        return True
-    if isinstance(scale, constant):
-        return _is_known(scale.scale)
-    if isinstance(scale, table):
-        return len(scale.values) == 1 and _is_known(scale.values[0])
-    if not hasattr(scale, "fixed_at"):  # a schedule
-        return False
-    parts = [getattr(scale, field.name) for field in fields(scale)]
-    flat = [entry for part in parts for entry in (part if isinstance(part, tuple) else (part,))]
-    return all(_is_known(entry) for entry in flat if not isinstance(entry, (str, bool)))

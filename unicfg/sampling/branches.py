@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unicfg.guidance.core import Guidance, Scale
+from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
 from unicfg.training.dropout import ConditionDropout, expand_null
 
@@ -47,6 +48,26 @@ class Branch:
 
     cond: Any = None
     model: Any = None
+
+
+def branch_of(name: str, branches: Mapping[str, Any]) -> Branch:
+    """The branch of this name.
+
+    Raises:
+        ValueError: if it is not there, is no ``Branch``, or says nothing.
+    """
+    if name not in branches:
+        raise ValueError(
+            f"guidance needs the branch {name!r}: expected branches={{{name!r}: Branch(...)}}"
+        )
+    branch = branches[name]
+    if not isinstance(branch, Branch):
+        raise ValueError(f"the branch {name!r} is {branch!r}, expected a Branch")
+    if branch.cond is None and branch.model is None:
+        raise ValueError(
+            f"the branch {name!r} has neither cond nor model, expected one: it would repeat 'cond'"
+        )
+    return branch
 
 
 class OfBranches:
@@ -151,6 +172,11 @@ def begin_guidance(guidance: Guidance | None, space: str) -> Guidance:
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance is {guidance!r}, expected a Guidance, as in Guidance(3.0)")
     return guidance.begin(space)
+
+
+def needs_progress(guidance: Guidance) -> bool:
+    """Whether guidance is another at other steps of a sampling."""
+    return not is_steady(guidance.scale) or any(hasattr(m, "at") for m in guidance.mitigations)
 
 
 def progress_at(index: int, total: int) -> float:
@@ -266,11 +292,7 @@ def plan(
         if name == "uncond":
             condition = _uncond(cond, uncond)
         elif name != "cond":
-            if name not in extra:
-                raise ValueError(
-                    f"guidance needs the branch {name!r}: expected branches={{{name!r}: Branch(...)}}"
-                )
-            own, condition = _resolve(name, extra[name], network, cond)
+            own, condition = _resolve(name, branch_of(name, extra), network, cond)
         group = next((group for group in groups if group.network is own), None)
         if group is None:
             groups.append(group := Group(own, {}))
@@ -303,12 +325,6 @@ _KIND = ("num_tokens", "mask_token", "latent_shape", "space", "path", "order", "
 
 def _resolve(name: str, branch: Branch, network: Any, cond: Tensor) -> tuple[Any, Tensor]:
     """The network and the condition of a branch."""
-    if not isinstance(branch, Branch):
-        raise ValueError(f"the branch {name!r} is {branch!r}, expected a Branch")
-    if branch.cond is None and branch.model is None:
-        raise ValueError(
-            f"the branch {name!r} has neither cond nor model, expected one: it would repeat 'cond'"
-        )
     condition = (
         cond
         if branch.cond is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from unicfg.guidance.branches import CfgPlusPlus
 from unicfg.guidance.core import Guidance
 from unicfg.guidance.spaces import SPACES, Level
-from unicfg.sampling.branches import Branch, combine, needed_branches, network_and_null
+from unicfg.sampling.branches import Branch, branch_of, combine, needed_branches, network_and_null
 from unicfg.training.dropout import Condition, expand_null, same_kind
 
 Output = TypeVar("Output")
@@ -65,8 +65,8 @@ def guided_call(
             a part.
 
     Returns:
-        what the model returns, with B rows. A part that is not guided is that of the first branch that ran; what does
-        not have the rows of the call is returned as it is.
+        what the model returns, with B rows. A part that is not guided is that of the first branch that ran, if it has as
+        many rows as the call had, and is else returned as it is.
 
     Raises:
         TypeError: if structures or dtypes differ, or an argument is of another kind.
@@ -148,15 +148,10 @@ def _resolve(
                 "ConditionDropout as model"
             )
         return network, _fitted("null", null, cond)
-    if name not in extra:
-        raise ValueError(
-            f"guidance needs the branch {name!r}: expected branches={{{name!r}: ...}}, a condition or a Branch"
-        )
-    branch = extra[name] if isinstance(extra[name], Branch) else Branch(extra[name])
-    if branch.cond is None and branch.model is None:
-        raise ValueError(
-            f"the branch {name!r} has neither cond nor model, expected one: it would repeat 'cond'"
-        )
+    branch = extra.get(name)
+    if branch is not None and not isinstance(branch, Branch):
+        extra = {name: Branch(branch)}
+    branch = branch_of(name, extra)
     own = network if branch.model is None else network_and_null(branch.model, None)[0]
     return own, cond if branch.cond is None else _fitted(f"branches[{name!r}]", branch.cond, cond)
 

@@ -21,6 +21,7 @@ from unicfg.sampling.autoregressive import TokenStep
 from unicfg.sampling.branches import (
     Branch,
     begin_guidance,
+    branch_of,
     combine,
     needed_branches,
     network_and_null,
@@ -76,7 +77,8 @@ def guided_generate(
         guidance_scale: the same as ``guidance=Guidance(guidance_scale)``; named here, or transformers would guide as well.
         uncond_ids: prompts of the unconditional rows, of any length: ids (T,) for all, (R, T), a list of ids of different
             lengths, or a tokenizer's output. ``ids[:, -1:]`` is what transformers takes by itself.
-        uncond_attention_mask: of ``uncond_ids``, 0 at the padding on the left; without it every token counts.
+        uncond_attention_mask: of ``uncond_ids``, 0 at the padding on the left; without it every token counts,
+            and none may be the padding token at the beginning.
         branches: what runs in the branches that ``guidance`` names beside "cond" and "uncond"; ``Branch(cond)`` takes what
             ``uncond_ids`` takes, ``Branch(model=...)`` another causal language model with the same vocabulary.
         seeds: one int a sequence, for ``do_sample``: the same seed draws the same tokens in any batch. None draws from
@@ -116,6 +118,7 @@ def guided_generate(
         uncond_attention_mask,
         {} if branches is None else branches,
         guidance,
+        _padding(generation_config),
     )
     steps = _steps(guidance, progresses)
     runs = [
@@ -125,7 +128,7 @@ def guided_generate(
             {name: steps[name] for name in own},
             model_kwargs.get("past_key_values") if network is model else None,
             model_kwargs.get("use_cache") is not False,
-            max(part.ids.shape[1] for part in own.values()) + total,
+            max(part.ids.shape[1] for part in own.values()) + total - 1,
         )
         for network, own in networks
     ]
@@ -173,6 +176,11 @@ def _check_request(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, An
             f"num_beams is {config.num_beams}, expected 1: for beams give generate a "
             "GuidedLogitsProcessor as logits_processor, without custom_generate"
         )
+    if config.prompt_lookup_num_tokens is not None:
+        raise ValueError(
+            f"prompt_lookup_num_tokens is {config.prompt_lookup_num_tokens}, expected None: give generate a "
+            "GuidedLogitsProcessor as logits_processor, without custom_generate"
+        )
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids hold no token, expected prompts as token ids")
     asked = [name for name in _OWN_OUTPUTS if getattr(config, name, False)]
@@ -187,7 +195,7 @@ def _check_request(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, An
     unknown = [
         name
         for name, value in model_kwargs.items()
-        if name not in _PREPARED and value is not None and not isinstance(value, bool)
+        if name not in _PREPARED and not _is_nothing(value)
     ]
     if unknown:
         raise ValueError(
@@ -196,8 +204,32 @@ def _check_request(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, An
         )
 
 
+def _is_nothing(value: Any) -> bool:
+    """Whether an argument brings no input: a flag, or what models for images prepare where there is none."""
+    return value is None or isinstance(value, bool) or (isinstance(value, dict) and not value)
+
+
 def _or_ones(mask: Tensor | None, ids: Tensor) -> Tensor:
     return torch.ones_like(ids) if mask is None else mask
+
+
+def _padding(config: Any) -> int | None:
+    """The padding token, where it can be told from the end of a text."""
+    pad, eos = config._pad_token_tensor, config._eos_token_tensor
+    if pad is None or (eos is not None and bool(torch.isin(pad, eos).any())):
+        return None
+    return int(pad)
+
+
+def _check_padding(ids: Any, padding: int | None) -> None:
+    """Refuse to guess whether what looks like padding is."""
+    if padding is None or not isinstance(ids, Tensor) or ids.numel() == 0:
+        return
+    if bool((ids[..., 0] == padding).any()):
+        raise ValueError(
+            f"uncond_ids begins with {padding}, the padding token, and there is no mask: expected uncond_attention_mask, "
+            "of ones if the token counts"
+        )
 
 
 def _networks(
@@ -208,6 +240,7 @@ def _networks(
     uncond_attention_mask: Tensor | None,
     branches: Mapping[str, Branch],
     guidance: Guidance,
+    padding: int | None,
 ) -> list[tuple[Any, dict[str, Prompts]]]:
     """Which model runs which branches, with which prompts."""
     unknown = [name for name in branches if name not in guidance.branch_names or name == "cond"]
@@ -225,18 +258,12 @@ def _networks(
                 raise ValueError(
                     "guidance needs an unconditional branch: expected uncond_ids=, as in uncond_ids=ids[:, -1:]"
                 )
+            if uncond_attention_mask is None:
+                _check_padding(uncond_ids, padding)
             own = as_prompts(uncond_ids, "uncond_ids", device, uncond_attention_mask)
             own = own.for_rows(rows, "uncond_ids")
         elif name != "cond":
-            if name not in branches:
-                raise ValueError(
-                    f"guidance needs the branch {name!r}: expected branches={{{name!r}: Branch(...)}}"
-                )
-            branch, label = branches[name], f"cond of the branch {name!r}"
-            if branch.model is None and branch.cond is None:
-                raise ValueError(
-                    f"the branch {name!r} has neither cond nor model, expected one: it would repeat 'cond'"
-                )
+            branch, label = branch_of(name, branches), f"cond of the branch {name!r}"
             if branch.model is not None:
                 network, _ = network_and_null(branch.model, None)
                 check_causal(network, f"the model of the branch {name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unicfg.integrations.transformers.prompts import Prompts
@@ -19,6 +19,7 @@ def check_causal(model: Any, name: str = "model") -> None:
 
     Raises:
         TypeError: names the class and what to use instead.
+        ValueError: if it is in training mode.
     """
     kind = type(model).__name__
     config = getattr(model, "config", None)
@@ -31,11 +32,13 @@ def check_causal(model: Any, name: str = "model") -> None:
             f"{name} is a {kind}, an encoder and a decoder: expected a causal language model, or for MusicGen "
             "unicfg.integrations.transformers.musicgen"
         )
-    if "bert" in config.model_type and not getattr(config, "is_decoder", False):
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         raise TypeError(
             f"{name} is a {kind} with is_decoder False, an encoder: its tokens look ahead. Expected a causal language "
             "model, or is_decoder=True in its configuration"
         )
+    if model.training:
+        raise ValueError(f"{name} is in training mode, expected model.eval() before sampling")
 
 
 class CausalRows:
@@ -67,7 +70,8 @@ class CausalRows:
         self.prompts = {name: part.padded(length) for name, part in prompts.items()}
         self.cache = _usable(model, cache, length if capacity is None else capacity)
         self.steps = dict(steps)
-        if use_cache and not _rows_can_change(self.cache):
+        fixed = not _rows_can_change(self.cache)
+        if use_cache and fixed:
             whole = (0, max(last for _, last in steps.values()))
             self.steps = dict.fromkeys(steps, whole)
         self.names: tuple[str, ...] = ()
@@ -75,7 +79,8 @@ class CausalRows:
         accepted = inspect.signature(model.forward).parameters
         self._few_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted
-        self._padded = any(bool((part.mask == 0).any()) for part in self.prompts.values())
+        # a static cache holds places that are not filled yet, which only a mask tells from others
+        self._masked = fixed or any(bool((p.mask == 0).any()) for p in self.prompts.values())
 
     def __call__(self, index: int, ids: Tensor) -> dict[str, Tensor]:
         """Logits of the next token, at least in every branch that step ``index`` needs.
@@ -109,7 +114,18 @@ class CausalRows:
         """Sequence i goes on as sequence ``index[i]`` did; index is int64 (R,)."""
         if self.names and self.use_cache:
             rows = torch.cat([index + i * len(index) for i in range(len(self.names))])
-            self.cache.batch_select_indices(rows)
+            self.cache.reorder_cache(rows)
+
+    def rewind(self, drawn: int) -> None:
+        """Go back to where ``drawn`` tokens were known, or to the start where a layer has forgotten them."""
+        if drawn >= self._held:
+            return
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers) and drawn > 0:
+            self.cache.crop(drawn - self._held)
+            self._held = drawn
+        else:
+            self.names, self._held = (), 0
+            self.cache = DynamicCache(config=self.model.config)
 
     def _keep(self, names: Sequence[str], rows: int) -> None:
         if tuple(names) == self.names:
@@ -117,9 +133,9 @@ class CausalRows:
         kept = [i for i, name in enumerate(self.names) if name in names]
         self.names = tuple(names)
         if kept:
-            device = next(iter(self.prompts.values())).ids.device
-            index = torch.cat([torch.arange(i * rows, (i + 1) * rows, device=device) for i in kept])
-            self.cache.batch_select_indices(index)
+            self.cache.reorder_cache(
+                torch.cat([torch.arange(i * rows, (i + 1) * rows) for i in kept])
+            )
         else:
             self.cache = DynamicCache(config=self.model.config)
 
@@ -134,15 +150,17 @@ class CausalRows:
         if self._takes_positions:
             # what is not padding counts from 0: a model with learned positions needs it, and none is hurt by it
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+            extra["position_ids"] = extra["position_ids"].to(self.model.device)
+        device = self.model.device  # prompts may be elsewhere, as generate allows
         out = self.model(
-            input_ids=rows,
-            attention_mask=mask if self._padded else None,
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device) if self._masked else None,
             past_key_values=cache,
             use_cache=self.use_cache,
             return_dict=True,
             **extra,
         )
-        logits = out.logits[:, -1].float()
+        logits = out.logits[:, -1].to(rows.device, torch.float32)
         count = len(rows) // len(names)
         return dict(zip(names, logits.split(count), strict=True))
 
@@ -166,5 +184,5 @@ def _rows_can_change(cache: Any) -> bool:
 def _append(cache: Any, other: Any) -> None:
     """The rows of ``other`` behind those of ``cache``: of as many tokens, padding included."""
     for own, more in zip(cache.layers, other.layers, strict=True):
-        own.keys = torch.cat([own.keys, more.keys])
-        own.values = torch.cat([own.values, more.values])
+        own.keys = torch.cat([own.keys, more.keys.to(own.keys.device)])
+        own.values = torch.cat([own.values, more.values.to(own.values.device)])

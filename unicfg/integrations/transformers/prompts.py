@@ -51,7 +51,7 @@ def as_prompts(
     given: Any,
     name: str,
     device: torch.device,
-    mask: Tensor | None = None,
+    mask: Any = None,
 ) -> Prompts:
     """What a caller may give for the prompts of a branch.
 
@@ -70,11 +70,13 @@ def as_prompts(
         if mask is not None:
             raise ValueError(f"{name} brings an attention mask and another is given, expected one")
         own = {key: given[key] for key in given}
-        return as_prompts(own["input_ids"], name, device, _tensor(own.get("attention_mask")))
+        return as_prompts(own["input_ids"], name, device, own.get("attention_mask"))
     if isinstance(given, (list, tuple)):
-        if mask is None and given and all(isinstance(row, (list, tuple, Tensor)) for row in given):
-            return _ragged(given, name, device)
-        given = torch.as_tensor(given)
+        if given and all(isinstance(row, (list, tuple, Tensor)) for row in given):
+            return _ragged(given, mask, name, device)
+        given = torch.as_tensor(given, dtype=torch.long)
+    if isinstance(mask, (list, tuple)):
+        mask = torch.as_tensor(mask)
     if not isinstance(given, Tensor) or given.dtype not in (torch.int64, torch.int32):
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(
@@ -83,7 +85,9 @@ def as_prompts(
     ids = given.to(device).long()
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) == 0:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected at least one token a row")
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}, expected at least one token a row, such as the one that begins a text"
+        )
     known = torch.ones_like(ids) if mask is None else mask.to(device).long()
     known = known[None] if known.ndim == 1 else known
     if known.shape != ids.shape:
@@ -98,14 +102,14 @@ def as_prompts(
     return Prompts(ids, known)
 
 
-def _tensor(value: Any) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value)
-
-
-def _ragged(rows: Sequence[Any], name: str, device: torch.device) -> Prompts:
-    parts = [as_prompts(torch.as_tensor(row), f"{name}[{i}]", device) for i, row in enumerate(rows)]
-    if any(len(part.ids) != 1 for part in parts):
-        raise ValueError(f"{name} holds ids of more than one dimension, expected (T,) each")
+def _ragged(rows: Sequence[Any], masks: Any, name: str, device: torch.device) -> Prompts:
+    parts = []
+    for i, row in enumerate(rows):
+        ids = torch.as_tensor(row, dtype=torch.long)
+        if ids.ndim != 1:
+            raise ValueError(f"{name}[{i}] has shape {tuple(ids.shape)}, expected ids (T,)")
+        mask = None if masks is None else torch.as_tensor(masks[i])
+        parts.append(as_prompts(ids, f"{name}[{i}]", device, mask))
     return together(parts)
 
 
