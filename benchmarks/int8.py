@@ -140,7 +140,10 @@ def main() -> None:
             family: measured(family, options) for family in tqdm(FAMILIES, desc="families")
         },
     }
-    command = f"python benchmarks/int8.py -n {options.n} --scale {options.scale:g}"
+    command = (
+        f"python benchmarks/int8.py --weights {options.weights} -n {options.n} --scale {options.scale:g} "
+        f"--rounds {options.rounds}"
+    )
     file = options.out / "int8.json"
     write_text_atomically(json.dumps(results, indent=1) + "\n", file)
     write_text_atomically(table(results, command), file.with_suffix(".md"))

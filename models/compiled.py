@@ -23,20 +23,21 @@ from models.quantized import stored
 _FEW_ROWS = 8  # measured: 2.9 against 3.1 ms at 4 rows, 12.5 against 8.5 at 16
 
 _OPTIONS: dict[str, Any] = {"max_autotune": True}
-# of the last sampling, by the network as the caller has it
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, CompiledMethod]] = (
+_MOST_KINDS = 8  # kept of a method: on a CPU each has a copy of the weights
+
+# by the network as the caller has it, and the method
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, CompiledMethod]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def compiled_method(network: nn.Module, method: str) -> CompiledMethod:
-    """The one compiled method of a network: that of the last sampling, unless the weights have changed since."""
-    sums = _checksum(network)
-    known = _kept.get(network)
-    if known is not None and torch.equal(known[0], sums):
-        return known[1]
+    """The compiled method of a network: that of the last sampling, unless the weights have changed since."""
+    sums, methods = _checksum(network), _kept.setdefault(network, {})
+    if method in methods and torch.equal(methods[method][0], sums):
+        return methods[method][1]
     made = CompiledMethod(_same_weights(network), method)
-    _kept[network] = (sums, made)
+    methods[method] = (sums, made)
     return made
 
 
@@ -54,8 +55,15 @@ class CompiledMethod:
     def __init__(self, network: nn.Module, method: str) -> None:
         self._network, self._method = network, method
         self._packed: nn.Module | None = None
+        # the kind that was called last comes last
         self._compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
-        self.failed = False
+        self._modules: dict[tuple[Any, ...], list[types.ModuleType]] = {}
+        self._failed: set[tuple[Any, ...]] = set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing can be compiled here."""
+        return bool(self._failed) and not self._compiled
 
     @property
     def eager(self) -> Any:
@@ -65,17 +73,18 @@ class CompiledMethod:
         return self._packed
 
     def __call__(self, *arguments: Any) -> Tensor | None:
-        """What the method returns, or None where this machine cannot compile; the reason was a warning then."""
-        if self.failed:
-            return None
+        """What the method returns, or None where it cannot be compiled; the reason was a warning then."""
         # all that the compiler would compile anew for, which must happen in _first
         kind = (
             *(_kind(argument) for argument in arguments),
             *(torch.is_inference_mode_enabled(), torch.get_num_threads()),
-            torch.is_autocast_enabled(arguments[0].device.type),
+            _autocast(arguments[0].device.type),
         )
-        compiled = self._compiled.get(kind)
-        return self._first(kind, arguments) if compiled is None else compiled(*arguments)
+        compiled = self._compiled.pop(kind, None)
+        if compiled is None:
+            return None if self.failed or kind in self._failed else self._first(kind, arguments)
+        self._compiled[kind] = compiled
+        return compiled(*arguments)
 
     def _first(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor | None:
         rows: Tensor = arguments[0]
@@ -98,7 +107,7 @@ class CompiledMethod:
         except Exception as error:  # whatever a compiler can fail with
             if is_out_of_memory(error):
                 raise
-            self.failed = True
+            self._failed.add(kind)
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             warnings.warn(
                 f"compile=True, but {self._method} of {type(self._network).__name__} cannot be compiled here, so it runs as "
@@ -106,8 +115,13 @@ class CompiledMethod:
                 stacklevel=4,
             )
             return None
-        weakref.finalize(self, _forget, PyCodeCache.modules[known:])
-        self._compiled[kind] = compiled
+        modules = PyCodeCache.modules[known:]
+        weakref.finalize(self, _forget, modules)
+        self._compiled[kind], self._modules[kind] = compiled, modules
+        if len(self._compiled) > _MOST_KINDS:
+            oldest = next(iter(self._compiled))
+            del self._compiled[oldest]
+            _forget(self._modules.pop(oldest))
         return out
 
 
@@ -126,6 +140,11 @@ def _forget(modules: list[types.ModuleType]) -> None:
         if module in PyCodeCache.modules:
             PyCodeCache.modules.remove(module)
         sys.modules.pop(module.__name__, None)
+    modules.clear()
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _kind(argument: Any) -> Any:

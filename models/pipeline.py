@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -35,6 +36,7 @@ from models.token_transformer import MaskedTransformer, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
 from tokenizers_vq.cards import upload, write_card
 from tokenizers_vq.hub import (
+    CONFIG,
     FORMAT_VERSION,
     WEIGHTS,
     check_format_version,
@@ -602,9 +604,11 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         private: bool | None = None,
         token: str | None = None,
-        message: str = "Upload weights and card",
+        commit_message: str = "Upload weights and card",
     ) -> str:
-        """Send the pipeline and a card to a repository of the Hugging Face hub; other families that it holds stay.
+        """Send the pipeline and a card to a repository of the Hugging Face hub.
+
+        Other families that it holds stay, if they have the same image tokenizer and prompt encoder; its card is replaced.
 
         Args:
             repo_id: as in "someone/shapes"; made if need be. ``from_pretrained(repo_id)`` reads it again.
@@ -614,10 +618,13 @@ class TextToImage:
             dtype: of the weights on disk, see :meth:`save_pretrained`.
             private: of a new repository.
             token: of the hub; None takes the one that is logged in.
-            message: of the commit.
+            commit_message: of the commit.
 
         Returns:
             the address of the commit.
+
+        Raises:
+            ValueError: if the repository holds families of another tokenizer, or there is no owner in ``repo_id``.
         """
         guidance = Guidance(3.0) if guidance is None else guidance
         if prompts:
@@ -629,7 +636,7 @@ class TextToImage:
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, dtype=dtype)
-            families = [*_families_on_hub(repo_id, token), self.family]
+            families = [*_families_beside(folder, repo_id, token), self.family]
             _describe(folder, [family for family in MODEL_CLASSES if family in families])
             code = (
                 "from models import TextToImage\nfrom unicfg import Guidance\n\n"
@@ -641,7 +648,7 @@ class TextToImage:
             )
             write_card(folder, repo_id, about, code, facts, families, "text-to-image")
 
-        return upload(repo_id, write, private=private, token=token, message=message)
+        return upload(repo_id, write, private=private, token=token, commit_message=commit_message)
 
     def _samples(self, prompts: Sequence[str], guidance: Guidance) -> Image.Image:
         columns = 8
@@ -706,15 +713,28 @@ def _describe(folder: Path, families: Sequence[str]) -> None:
     write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
 
 
-def _families_on_hub(repo_id: str, token: str | None) -> list[str]:
-    """The families that a repository holds; none where there is no repository yet."""
+def _families_beside(folder: Path, repo_id: str, token: str | None) -> list[str]:
+    """The families that a repository holds, which share the tokenizer in ``folder``; none where there is none yet.
+
+    Raises:
+        ValueError: if they have another.
+    """
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(repo_id, file, token=token))
+
     try:
-        file = hf_hub_download(repo_id, DESCRIPTION, token=token)
-    except LocalEntryNotFoundError:
-        raise  # the hub was not reached: nothing is known
+        families: list[str] = read_json(fetch(DESCRIPTION))["families"]
+    except (GatedRepoError, LocalEntryNotFoundError):
+        raise  # nothing is known of it
     except (RepositoryNotFoundError, EntryNotFoundError):
         return []
-    families: list[str] = read_json(Path(file))["families"]
+    for file in ("text.json", f"tokenizer/{CONFIG}", f"tokenizer/{WEIGHTS}"):
+        if fetch(file).read_bytes() != (folder / file).read_bytes():
+            raise ValueError(
+                f"{repo_id} holds {', '.join(families)} with another {file}, expected families of one tokenizer (saved "
+                "in one dtype): take another repository"
+            )
     return families
 
 

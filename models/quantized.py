@@ -19,7 +19,10 @@ def quantize(network: Network) -> Network:
 
     Raises:
         ImportError: if torchao is not installed.
+        ValueError: if they are quantized already.
     """
+    if is_quantized(network):
+        raise ValueError("the network's weights are int8 already, expected one with plain weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels for other machines that it cannot load
         try:

@@ -173,6 +173,41 @@ def test_what_is_kept_keeps_neither_the_network_nor_its_weights_alive(quick):
     assert alive() is None and len(PyCodeCache.modules) == known
 
 
+@needs_compiler
+def test_kinds_that_were_not_called_for_long_are_forgotten(quick, graphs, monkeypatch):
+    monkeypatch.setattr(compiled, "_MOST_KINDS", 2)
+    model = wrapped()
+
+    def run(rows):
+        cond = torch.zeros(rows, model.model.config.condition_length, dtype=torch.long)
+        made = graphs()
+        assert torch.equal(draw(model, cond, True, 1.0), draw(model, cond, False, 1.0))
+        return graphs() - made
+
+    assert [run(rows) for rows in (1, 2, 1, 3, 1, 2)] == [1, 1, 0, 1, 0, 1]
+
+
+@needs_compiler
+def test_a_kind_that_cannot_be_compiled_leaves_the_others(quick, monkeypatch):
+    model = wrapped()
+    one, two = (
+        torch.zeros(rows, model.model.config.condition_length, dtype=torch.long) for rows in (1, 2)
+    )
+    draw(model, one, True, 1.0)
+
+    def broken(*args, **options):
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr("torch._inductor.compile", broken)
+    with pytest.warns(UserWarning, match="not this one"):
+        draw(model, two, True, 1.0)
+    draw(model, two, True, 1.0)  # no second warning
+    step = compiled.compiled_method(model.model, "step")
+    assert not step.failed and torch.equal(
+        draw(model, one, True, 1.0), draw(model, one, False, 1.0)
+    )
+
+
 def test_a_full_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError("no memory")

@@ -655,6 +655,29 @@ def test_a_picture_to_start_from():
     near(second, x)
 
 
+def test_a_start_at_the_timestep_that_pndm_lists_twice():
+    """It is not known before the second call which of the two it was."""
+    source, arguments = stable_diffusion()
+    parts = source.components | {"scheduler": PNDMScheduler(skip_prk_steps=True)}
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    del arguments["latents"]
+    arguments = {**arguments, "image": torch.rand(BATCH, 3, 16, 16), "strength": 0.6}
+    scheduler = copy.deepcopy(pipe.scheduler)  # of which the pipeline changes a setting
+    scheduler.set_timesteps(5)
+    steps = scheduler.timesteps[2:]  # what is left of t0, t1, t1, t2, t3, t4
+    assert steps[0] == scheduler.timesteps[1]
+    share = float(scheduler.alphas_cumprod[steps[2]])
+    ratio = ((1 - share) / share) ** 0.5
+    for schedule, rows in (
+        (schedules.interval(4.0, 1.0, 1.0), [1, 1, 1, 2]),
+        (schedules.noise_interval(4.0, ratio * 0.999, ratio * 1.001), [1, 1, 2, 1]),
+    ):
+        seen = []
+        with seen_by(pipe.unet, seen):
+            guided(pipe, arguments, Guidance(schedule), steps=5)
+        assert [len(x) for x in seen] == [count * BATCH for count in rows]
+
+
 def test_each_evaluation_of_a_second_order_scheduler_is_one():
     pipe, arguments = stable_diffusion(HeunDiscreteScheduler())
     with rows_of(pipe.unet) as rows:

@@ -61,7 +61,9 @@ def test_a_pipeline_goes_there_and_back_with_all_its_families(hub, tmp_path):
     options = {"guidance": Guidance(3.0), "seeds": [0]}
     address = ar.push_to_hub("me/shapes", FACTS, dtype=torch.float16, private=True)
     assert address == "https://hub/me/shapes/Upload weights and card"
-    flow.push_to_hub("me/shapes", FACTS, prompts=["a red circle", "two small blue squares"])
+    flow.push_to_hub(
+        "me/shapes", FACTS, dtype=torch.float16, prompts=["a red circle", "two small blue squares"]
+    )
     assert models.pipeline.held_families("me/shapes") == ["ar", "flow"]
     for pipe in (ar, flow):
         again = TextToImage.from_pretrained("me/shapes", pipe.family)
@@ -114,3 +116,13 @@ def test_what_cannot_be_drawn_leaves_no_repository(hub):
         guidance = Guidance(branches.negative(2.0, 1.0))
         pipe.push_to_hub("me/none", FACTS, prompts=["a red circle"], guidance=guidance)
     assert not (hub / "me").exists()
+
+
+def test_families_of_another_tokenizer_do_not_share_a_repository(hub):
+    TextToImage.from_pretrained("shapes", "ar").push_to_hub("me/shapes", FACTS)
+    before = (hub / "me/shapes/tokenizer/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"me/shapes holds ar with another text\.json"):
+        TextToImage.from_pretrained("emoji", "ar").push_to_hub("me/shapes", FACTS)
+    assert (hub / "me/shapes/tokenizer/model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="repo_id is 'shapes', expected an owner and a name"):
+        TextToImage.from_pretrained("shapes", "ar").push_to_hub("shapes", FACTS)

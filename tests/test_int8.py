@@ -17,7 +17,7 @@ def held(network):
 
 
 @pytest.mark.parametrize("family", ["ar", "masked", "diffusion", "hybrid"])
-def test_every_family_draws_with_them(family):
+def test_every_family_draws_with_them(family, tmp_path):
     pipe = TextToImage.from_pretrained("shapes", family)
     before = copy.deepcopy(pipe.network.state_dict())
     small = pipe.quantize()
@@ -29,6 +29,11 @@ def test_every_family_draws_with_them(family):
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match="int8, which are not saved"):
         small.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="which is not saved: expected the model before quantize"):
+        small.network.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="int8 already"):
+        small.quantize()
 
 
 def test_the_distribution_of_tokens_hardly_changes():

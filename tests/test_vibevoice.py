@@ -354,8 +354,7 @@ def test_errors(model, inputs, states):
         guided_latents(head, scheduler(), noise, cond, guidance=Guidance(2.0))
     with pytest.raises(ValueError, match=r"uncond_states has shape \(2, 32\), expected \(3, D\)"):
         guided_latents(head, scheduler(), noise, cond, uncond[:2], guidance=Guidance(2.0))
-    with pytest.raises(ValueError, match="prediction_type 'flow_prediction', expected one of"):
-        flow = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        guided_latents(head, flow, noise, cond)
+    with pytest.raises(ValueError, match="prediction_type 'flow_prediction', expected 'epsilon'"):
+        guided_latents(head, scheduler(prediction_type="flow_prediction"), noise, cond)
     with pytest.raises(FloatingPointError, match=r"denoising step 0.*uncond"):
         guided_latents(head, scheduler(), noise, cond, uncond * torch.nan, guidance=Guidance(2.0))

@@ -95,7 +95,7 @@ def upload(
     *,
     private: bool | None = None,
     token: str | None = None,
-    message: str,
+    commit_message: str,
 ) -> str:
     """Write a folder and send it to a repository of the hub, which is made if need be.
 
@@ -104,16 +104,25 @@ def upload(
         write: fills a folder that is empty.
         private: of a new repository.
         token: of the hub; None takes the one that is logged in.
-        message: of the commit.
+        commit_message: of the commit.
 
     Returns:
         the address of the commit.
+
+    Raises:
+        ValueError: if the repository has no owner in its name.
     """
+    if repo_id.count("/") != 1:
+        raise ValueError(
+            f"repo_id is {repo_id!r}, expected an owner and a name, as in 'someone/shapes'"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # before the repository is made: what cannot be written leaves none behind
         write(folder)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message
+        )
     return str(commit.commit_url)

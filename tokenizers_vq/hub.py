@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokenizers_vq.cards import CARD, Facts, upload, write_card
 
@@ -185,7 +186,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         save_part(self, folder)
         if facts is not None or not (folder / CARD).exists():
-            self._write_card(folder, folder.name, facts)
+            self._write_card(folder, folder.resolve().name, facts)
         return folder
 
     def push_to_hub(  # type: ignore[override]
@@ -195,7 +196,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
         *,
         private: bool | None = None,
         token: str | None = None,
-        message: str = "Upload weights and card",
+        commit_message: str = "Upload weights and card",
     ) -> str:
         """Send configuration, weights and a card to a repository of the Hugging Face hub.
 
@@ -204,7 +205,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
             facts: for the card.
             private: of a new repository.
             token: of the hub; None takes the one that is logged in.
-            message: of the commit.
+            commit_message: of the commit.
 
         Returns:
             the address of the commit.
@@ -214,7 +215,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
             save_part(self, folder)
             self._write_card(folder, repo_id, facts)
 
-        return upload(repo_id, write, private=private, token=token, message=message)
+        return upload(repo_id, write, private=private, token=token, commit_message=commit_message)
 
     def _write_card(self, folder: Path, name: str, facts: Facts | None) -> None:
         kind = type(self).__name__
@@ -237,7 +238,13 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> Non
 
     Raises:
         OSError: if it cannot be written.
+        ValueError: if weights are no plain tensors, as quantized ones are.
     """
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):
+            raise ValueError(
+                f"{name} is a {type(parameter).__name__}, which is not saved: expected the model before quantize()"
+            )
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}

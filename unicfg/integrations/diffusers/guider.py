@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from unicfg.guidance.core import Guidance
 from unicfg.guidance.spaces import Level, Space
 from unicfg.integrations.diffusers.layouts import check_not_distilled
-from unicfg.integrations.diffusers.timetable import (
+from unicfg.integrations.timetable import (
     Timetable,
     check_branches,
     check_levels,
@@ -100,7 +101,9 @@ class GuidanceGuider(BaseGuidance):
         self._unhook()
         self._sample = None
         if step == 0:
-            self._begin()
+            self._running = begin_guidance(self.guidance, self.space)
+        if step < 2 and self.scheduler is not None:
+            self._find()
         self._in_step = True
         self._progress()
 
@@ -198,12 +201,12 @@ class GuidanceGuider(BaseGuidance):
         # pipelines ask before they encode the prompts, when it is not known which steps there will be
         return ("cond", "uncond")
 
-    def _begin(self) -> None:
-        """Start a sampling."""
-        self._running = begin_guidance(self.guidance, self.space)
-        if self.scheduler is not None:
-            self._timetable = timetable_from(self.scheduler, self._timestep, self._step)
-            self._running = self._timetable.at_levels(self._running)
+    def _find(self) -> None:
+        """Where in the scheduler's timesteps the sampling stands."""
+        before = self._timetable if self._step else None
+        self._timetable = timetable_from(self.scheduler, self._timestep, self._step, before)
+        scale = self._timetable.at_levels(self.guidance).scale
+        self._running = replace(self._running, scale=scale)  # which remembers earlier steps
 
     def _progress(self) -> float:
         """Progress of the step.

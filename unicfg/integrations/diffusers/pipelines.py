@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from unicfg.guidance.core import Guidance
 from unicfg.guidance.spaces import Space
 from unicfg.integrations.diffusers.layouts import Layout, check_not_distilled, layout_of
-from unicfg.integrations.diffusers.timetable import (
+from unicfg.integrations.timetable import (
     Timetable,
     check_branches,
     check_levels,
@@ -195,7 +195,7 @@ class _GuidedNetwork:
         others = {name: network_and_null(b.model, None)[0] for name, b in branches.items()}
         self.others: dict[str, Any] = others
         self.space: Any = _space(layout, scheduler)
-        self.guidance = begin_guidance(guidance, self.space)
+        self.asked, self.guidance = guidance, begin_guidance(guidance, self.space)
         self.progresses: list[float] = []
         self.index = self.rows = 0
         self.timetable = Timetable(scheduler)
@@ -218,8 +218,10 @@ class _GuidedNetwork:
                 "among them, and no others by place"
             )
         x = given[layout.sample]
-        if not self.progresses:
-            self._begin(x, None if layout.timestep is None else given[layout.timestep])
+        if self.index == 0:
+            self._begin(x)
+        if self.index < 2:
+            self._find(None if layout.timestep is None else given[layout.timestep])
         if len(x) != self.rows:
             raise ValueError(
                 f"{layout.sample} has {len(x)} rows in evaluation {self.index}, expected {self.rows} as before: another "
@@ -233,21 +235,26 @@ class _GuidedNetwork:
         index, self.index = self.index, self.index + 1
         return self._guided(index, given, x.chunk(2)[0])
 
-    def _begin(self, x: Tensor, timestep: Any) -> None:
-        """What is known at the first call: the batch, and where the sampling starts."""
+    def _begin(self, x: Tensor) -> None:
+        """What is known at the first call: the batch."""
         if len(x) % 2 or not torch.equal(*x.chunk(2)):
             raise ValueError(
                 f"{self.layout.sample} has {len(x)} rows in halves that differ, expected the same B rows twice: the "
                 "pipeline does not guide in the way that layout says"
             )
         self.rows = len(x)
+
+    def _find(self, timestep: Any) -> None:
+        """Where in the scheduler's timesteps the sampling started, and what guidance is in each evaluation."""
         if self.layout.predicts == "logits":
             self.progresses = _revealed(self.scheduler)
         else:
             check_levels(self.scheduler, self.guidance)
             if timestep is not None:
-                self.timetable = timetable_from(self.scheduler, timestep)
-            self.guidance = self.timetable.at_levels(self.guidance)
+                before = self.timetable if self.index else None
+                self.timetable = timetable_from(self.scheduler, timestep, self.index, before)
+            scale = self.timetable.at_levels(self.asked).scale
+            self.guidance = replace(self.guidance, scale=scale)  # which remembers earlier steps
             total = self.timetable.total
             self.progresses = [self.timetable.progress(index) for index in range(total)]
         needed_branches(self.guidance, self.progresses, self.rows // 2)

@@ -85,7 +85,7 @@ class JanusImages:
 
     Example:
         >>> images = JanusImages(model)
-        >>> cond = images.condition(**processor(text=prompts, generation_mode="image"))
+        >>> cond = images.condition(**processor(text=prompts, generation_mode="image", padding=True, return_tensors="pt"))
         >>> ids = sample_autoregressive(images, cond, uncond=images.null(cond), guidance=Guidance(5.0), seeds=[0])
         >>> pixels = images.decode_images(ids)
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from unicfg.guidance.core import Guidance, Scale
-from unicfg.guidance.spaces import Level, Space
+from unicfg.integrations.timetable import Timetable, check_levels, needs_level, predicted_space
 from unicfg.sampling.branches import (
     begin_guidance,
     combine,
@@ -34,7 +33,6 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.randomness import check_seeds, generators, normal
 
 Head = Callable[..., Tensor]
-SPACES: dict[str, Space] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ def guided_latents(
     Args:
         head: ``model.model.diffusion_head`` of VibeVoice, or any ``head(x (R, C), timesteps (R,), condition=states
             (R, D)) -> (R, C)``.
-        scheduler: of diffusers, for variance-preserving paths; it is copied.
+        scheduler: of diffusers; it is copied.
         noise: (B, C).
         cond_states: hidden states of the language model (B, D).
         uncond_states: those without the prompt (B, D); None where guidance does not need them.
@@ -69,14 +67,14 @@ def guided_latents(
 
     Raises:
         TypeError: if ``guidance`` is no ``Guidance``.
-        ValueError: if guidance needs states that are not there, shapes differ, or the scheduler's prediction_type is
-            none of "epsilon", "sample" and "v_prediction".
+        ValueError: if guidance needs states that are not there, shapes differ, the scheduler's prediction_type is
+            unknown, or a mitigation needs noise levels that it does not tell.
         FloatingPointError: if an output of the head is not finite; names the step and the branch.
 
     Example:
         >>> z = guided_latents(model.model.diffusion_head, scheduler, noise, cond, uncond, guidance=Guidance(1.3))
     """
-    space = prediction_space(scheduler)
+    space = predicted_space(scheduler)
     guidance = begin_guidance(guidance, space)
     states = {"cond": cond_states}
     if uncond_states is not None:
@@ -86,8 +84,10 @@ def guided_latents(
             raise ValueError(
                 f"{name}_states has shape {tuple(state.shape)}, expected ({len(noise)}, D): a row for each of noise"
             )
+    check_levels(scheduler, guidance)
     scheduler = _set(scheduler, steps)
-    total = len(scheduler.timesteps)
+    timetable = Timetable(scheduler)
+    total = timetable.total
     needed = needed_branches(guidance, (progress_at(i, total) for i in range(total)), len(noise))
     missing = [name for name in needed if name not in states]
     if missing:
@@ -105,25 +105,10 @@ def guided_latents(
         conditions = torch.cat([states[name] for name in names])
         out = head(rows, timestep.repeat(len(rows)).to(rows), condition=conditions)
         outputs = dict(zip(names, out.split(len(x)), strict=True))
-        level = _level(scheduler, timestep, x, space) if guidance.mitigations else None
+        level = timetable.level(i, x, space) if needs_level(guidance) else None
         guided = combine(guidance, progress, outputs, f"denoising step {i}", level)
         x = scheduler.step(guided.out, timestep, x, **extra).prev_sample
     return x
-
-
-def prediction_space(scheduler: Any) -> Space:
-    """The space that a scheduler of diffusers expects predictions in.
-
-    Raises:
-        ValueError: if its prediction_type is none of those of a variance-preserving path.
-    """
-    kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    if kind not in SPACES:
-        raise ValueError(
-            f"scheduler is a {type(scheduler).__name__} with prediction_type {kind!r}, expected one of "
-            f"{', '.join(SPACES)}"
-        )
-    return SPACES[kind]
 
 
 def _set(scheduler: Any, steps: int) -> Any:
@@ -131,18 +116,6 @@ def _set(scheduler: Any, steps: int) -> Any:
     own = copy.deepcopy(scheduler)
     own.set_timesteps(num_inference_steps=steps)
     return own
-
-
-def _level(scheduler: Any, timestep: Tensor, x: Tensor, space: Space) -> Level | None:
-    """Where a prediction was made; None where the scheduler does not tell, or scales its state otherwise."""
-    if (
-        not hasattr(scheduler, "alphas_cumprod")
-        or float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
-    ):
-        return None
-    share = float(scheduler.alphas_cumprod[int(timestep)])
-    alpha, sigma = (torch.tensor(math.sqrt(part)).to(x) for part in (share, 1 - share))
-    return Level(x, alpha, sigma, space)
 
 
 def _untyped(config: Any) -> Any:

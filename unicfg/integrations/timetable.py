@@ -88,13 +88,17 @@ class Timetable:
         return [(share.sqrt(), (1 - share).sqrt()) for share in kept]
 
 
-def timetable_from(scheduler: Any, timestep: Any, index: int = 0) -> Timetable:
+def timetable_from(
+    scheduler: Any, timestep: Any, index: int = 0, before: Timetable | None = None
+) -> Timetable:
     """The timetable in which the evaluation ``index`` is at ``timestep``.
 
     Args:
         scheduler: after its ``set_timesteps``.
         timestep: as the host gives it, a number or a tensor () or (B,).
         index: of the evaluation, counted from 0.
+        before: that of the evaluations so far, which is kept if it fits. PNDM lists its second timestep twice, so that a
+            sampling that starts there does not tell which one it is before the next.
 
     Raises:
         ValueError: if the scheduler has no such timestep.
@@ -108,7 +112,10 @@ def timetable_from(scheduler: Any, timestep: Any, index: int = 0) -> Timetable:
             f"timestep is {value.tolist()} in evaluation {index}, expected one of {type(scheduler).__name__}, whose "
             "set_timesteps() was called: is it the scheduler of this pipeline?"
         )
-    return Timetable(scheduler, starts[0])
+    if before is not None:
+        return before if before.first in starts else Timetable(scheduler, starts[0])
+    told = getattr(scheduler, "begin_index", None)
+    return Timetable(scheduler, told if told in starts else starts[0])
 
 
 def predicted_space(scheduler: Any) -> Space:
