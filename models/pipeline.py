@@ -567,12 +567,15 @@ class TextToImage:
         )
         return to_images(images)
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self, folder: Path | str, *, dtype: torch.dtype | None = None, facts: Facts | None = None
+    ) -> Path:
         """Write the pipeline; other families that are already in the folder stay.
 
         Args:
             folder: made if need be.
             dtype: of the weights on disk, ``torch.float16`` for half the size; None keeps them as they are.
+            facts: for a card, ``README.md``; None writes none and leaves alone what is there.
 
         Raises:
             OSError: if it cannot be written.
@@ -590,9 +593,21 @@ class TextToImage:
         null_file = folder / self.family / NULL_FILE
         write_atomically({NULL_KEY: null.detach().cpu()}, null_file, {})
         save_part(self.network, folder / self.family, dtype)
-        # last, so that what it names is there
-        _describe(folder, [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()])
+        families = [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()]
+        if facts is not None:
+            self._write_card(folder, str(folder), families, facts)
+        _describe(folder, families)  # last, so that what it names is there
         return folder
+
+    def _write_card(self, folder: Path, name: str, families: Sequence[str], facts: Facts) -> None:
+        code = (
+            "from models import TextToImage\nfrom unicfg import Guidance\n\n"
+            f"pipe = TextToImage.from_pretrained({name!r}, family={self.family!r})\n"
+            f'images = pipe(["..."], guidance=Guidance(3.0), seeds=[0])'
+        )
+        about = f"Text to images by guided token models of unicfg: {', '.join(families)}."
+        title = Path(name).resolve().name if Path(name).is_dir() else name
+        write_card(folder, title, about, code, facts, families, "text-to-image")
 
     def push_to_hub(
         self,
@@ -636,17 +651,10 @@ class TextToImage:
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, dtype=dtype)
-            families = [*_families_beside(folder, repo_id, token), self.family]
-            _describe(folder, [family for family in MODEL_CLASSES if family in families])
-            code = (
-                "from models import TextToImage\nfrom unicfg import Guidance\n\n"
-                f"pipe = TextToImage.from_pretrained({repo_id!r}, family={self.family!r})\n"
-                f'images = pipe(["..."], guidance=Guidance(3.0), seeds=[0])'
-            )
-            about = (
-                f"Text to images by guided token models of unicfg: {', '.join(sorted(families))}."
-            )
-            write_card(folder, repo_id, about, code, facts, families, "text-to-image")
+            held = {*_families_beside(folder, repo_id, token), self.family}
+            families = [family for family in MODEL_CLASSES if family in held]
+            _describe(folder, families)
+            self._write_card(folder, repo_id, families, facts)
 
         return upload(repo_id, write, private=private, token=token, commit_message=commit_message)
 

@@ -82,6 +82,18 @@ def test_a_pipeline_goes_there_and_back_with_all_its_families(hub, tmp_path):
         assert grid.crop((0, 0, side, side)).tobytes() == first.tobytes()
 
 
+def test_a_folder_has_a_card_where_there_is_something_to_say(tmp_path):
+    pipe = TextToImage.from_pretrained("shapes", "flow")
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    pipe.save_pretrained(tmp_path, facts=FACTS)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "cc0-1.0" and f"# {tmp_path.name}" in card.text
+    assert "Drawn by" in card.text and str(tmp_path) in card.text
+    pipe.save_pretrained(tmp_path)  # the card stays
+    assert "Drawn by" in (tmp_path / "README.md").read_text()
+
+
 def test_parts_by_themselves(hub, tmp_path):
     pipe = TextToImage.from_pretrained("shapes", "ar")
     for part, kind in ((pipe.tokenizer, VQTokenizer), (pipe.network, TokenTransformer)):
