@@ -34,6 +34,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from unicfg import Branch, Guidance
 from unicfg.guidance import branches, mitigations, schedules
 from unicfg.integrations.transformers import GuidedLogitsProcessor, guided_generate
+from unicfg.integrations.transformers.row_cache import cache_argument
 
 logging.set_verbosity_error()
 V, NEW = 40, 8
@@ -581,9 +582,10 @@ def test_other_models_are_named():
 
 def test_a_cache_that_has_seen_tokens_is_refused_and_an_empty_one_taken(llama):
     cache = StaticCache(config=llama.config, max_cache_len=5 + NEW - 1)  # just enough
-    assert torch.equal(guided(llama, past_key_values=cache), guided(llama))
-    with pytest.raises(ValueError, match="past_key_values hold 12 tokens"):
-        guided(llama, past_key_values=cache)
+    own = {cache_argument(llama): cache}
+    assert torch.equal(guided(llama, **own), guided(llama))
+    with pytest.raises(ValueError, match="the cache holds 12 tokens"):
+        guided(llama, **own)
 
 
 def test_emu3_draws_image_tokens_only():

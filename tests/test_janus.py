@@ -19,16 +19,14 @@ from transformers import (
 from unicfg import Branch, Guidance, guide, sample_autoregressive
 from unicfg.guidance import branches, mitigations
 from unicfg.guidance.schedules import interval, linear
-from unicfg.integrations.transformers.janus import (
-    HIDDEN,
-    JanusImages,
-    RowCache,
-    generate_images,
-)
+from unicfg.integrations.transformers.janus import JanusImages, generate_images
+from unicfg.integrations.transformers.prompts import HIDDEN
+from unicfg.integrations.transformers.row_cache import RowCache, cache_argument
 
 logging.set_verbosity_error()
 PAD, BOS, EOS, BEGIN = range(4)
 B, T, L, V = 3, 6, 9, 24
+CACHE = cache_argument(LlamaForCausalLM)
 
 
 def make(seed=0, **settings):
@@ -269,25 +267,25 @@ def test_views_of_a_cache_share_its_memory(llama):
     cache = RowCache.empty(2, rows=4, spare=3)
     for rows in (slice(0, 2), slice(2, 4)):
         view = cache.rows(rows.start, rows.stop)
-        llama(ids[rows, :4], past_key_values=view)
+        llama(ids[rows, :4], **{CACHE: view})
         assert (view.length, cache.length) == (4, 0)
     cache.length = 4
     dynamic = DynamicCache(config=llama.config)
-    llama(ids[:, :4], past_key_values=dynamic)
+    llama(ids[:, :4], **{CACHE: dynamic})
     for part in (slice(4, 6), slice(6, 7)):
-        ours = llama(ids[:, part], past_key_values=cache).logits
-        torch.testing.assert_close(ours, llama(ids[:, part], past_key_values=dynamic).logits)
+        ours = llama(ids[:, part], **{CACHE: cache}).logits
+        torch.testing.assert_close(ours, llama(ids[:, part], **{CACHE: dynamic}).logits)
     assert cache.length == 7 == cache.get_max_length()
     with pytest.raises(ValueError, match="room for 7 tokens, and 8"):
-        llama(ids[:, :1], past_key_values=cache)
+        llama(ids[:, :1], **{CACHE: cache})
 
 
 @torch.no_grad()
 def test_one_row_serves_all_rows_of_a_view(llama):
     ids = torch.randint(0, 40, (1, 5)).repeat(3, 1)
     cache = RowCache.empty(2, rows=3, spare=1)
-    llama(ids[:1, :4], past_key_values=cache)
-    ours = llama(ids[:, 4:], past_key_values=cache).logits
+    llama(ids[:1, :4], **{CACHE: cache})
+    ours = llama(ids[:, 4:], **{CACHE: cache}).logits
     torch.testing.assert_close(ours[:, 0], llama(ids).logits[:, -1])
 
 
@@ -295,9 +293,9 @@ def test_views_of_views(llama, model, inputs):
     ids = torch.randint(0, 40, (4, 3), generator=torch.Generator().manual_seed(2))
     cache = RowCache.empty(2, rows=4, spare=1)
     with torch.no_grad():
-        llama(ids, past_key_values=cache)
+        llama(ids, **{CACHE: cache})
         inner = cache.rows(1, 4).rows(1, 2)
-        ours = llama(ids[:1, :1], past_key_values=inner).logits
+        ours = llama(ids[:1, :1], **{CACHE: inner}).logits
         theirs = llama(torch.cat([ids[2:3], ids[:1, :1]], dim=1)).logits[:, -1:]
     torch.testing.assert_close(ours, theirs)
     images = JanusImages(model)
@@ -310,9 +308,9 @@ def test_a_cache_can_be_used_again(llama):
     ids = torch.randint(0, 40, (2, 5))
     cache = RowCache.empty(2, rows=2, spare=0)
     with torch.no_grad():
-        once = llama(ids, past_key_values=cache).logits
+        once = llama(ids, **{CACHE: cache}).logits
         cache.reset()
-        torch.testing.assert_close(llama(ids, past_key_values=cache).logits, once)
+        torch.testing.assert_close(llama(ids, **{CACHE: cache}).logits, once)
 
 
 def test_the_page_runs(inputs, monkeypatch):

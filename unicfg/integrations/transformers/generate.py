@@ -36,7 +36,8 @@ _GUIDING = (
     GuidedLogitsProcessor,
 )
 # what generate prepares for the conditional rows alone, and is made anew for all rows
-_PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+_PREPARED = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep")
 _OWN_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
@@ -126,7 +127,7 @@ def guided_generate(
             network,
             own,
             {name: steps[name] for name in own},
-            model_kwargs.get("past_key_values") if network is model else None,
+            _cache(model_kwargs) if network is model else None,
             model_kwargs.get("use_cache") is not False,
             max(part.ids.shape[1] for part in own.values()) + total - 1,
         )
@@ -186,11 +187,11 @@ def _check_request(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, An
     asked = [name for name in _OWN_OUTPUTS if getattr(config, name, False)]
     if asked:
         raise ValueError(f"{asked[0]} is True, expected False: rows of several branches have many")
-    cache = model_kwargs.get("past_key_values")
+    cache = _cache(model_kwargs)
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            f"past_key_values hold {int(cache.get_seq_length())} tokens, expected an empty cache: the other branches "
-            "have not seen them"
+            f"the cache holds {int(cache.get_seq_length())} tokens, expected an empty one: the other branches have not "
+            "seen them"
         )
     unknown = [
         name
@@ -202,6 +203,10 @@ def _check_request(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, An
             f"generate got {', '.join(unknown)}, which would reach the conditional rows only: expected prompts that are "
             "token ids and nothing else"
         )
+
+
+def _cache(model_kwargs: Mapping[str, Any]) -> Any:
+    return next((model_kwargs[name] for name in _CACHES if name in model_kwargs), None)
 
 
 def _is_nothing(value: Any) -> bool:

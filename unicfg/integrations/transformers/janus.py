@@ -15,7 +15,7 @@ from transformers import JanusForConditionalGeneration
 
 from unicfg.guidance.core import Guidance
 from unicfg.integrations.transformers.prompts import HIDDEN, as_condition
-from unicfg.integrations.transformers.row_cache import Memory, RowCache
+from unicfg.integrations.transformers.row_cache import Memory, RowCache, cache_argument
 from unicfg.sampling.autoregressive import TokenStep, sample_autoregressive
 
 
@@ -184,11 +184,12 @@ class JanusImages:
         return self.model.get_input_embeddings()(ids.clamp(min=0))  # what is hidden may be anything
 
     def _run(self, embeds: Tensor, mask: Tensor | None, cache: PromptedCache) -> Tensor:
-        out = self.model.model.language_model(
+        language_model = self.model.model.language_model
+        out = language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            past_key_values=cache.states,
             use_cache=True,
+            **{cache_argument(language_model): cache.states},
         )
         return out.last_hidden_state
 

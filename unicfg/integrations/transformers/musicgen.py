@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from unicfg.guidance.core import Guidance
 from unicfg.integrations.transformers.prompts import HIDDEN, as_condition
-from unicfg.integrations.transformers.row_cache import Memory, RowCache
+from unicfg.integrations.transformers.row_cache import Memory, RowCache, cache_argument
 from unicfg.sampling.autoregressive import CachedBranches, TokenStep
 from unicfg.sampling.branches import Branch, begin_guidance, combine, plan, progress_at
 from unicfg.sampling.randomness import check_seeds, generators, uniform
@@ -189,8 +189,8 @@ class MusicgenCodes:
             input_ids=steps.transpose(1, 2).reshape(rows * codebooks, count),
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
-            past_key_values=EncoderDecoderCache(cache.own, cache.text),
             use_cache=True,
+            **{cache_argument(self.model.decoder): EncoderDecoderCache(cache.own, cache.text)},
         )
         return out.logits[:, -1].view(rows, codebooks, -1)
 

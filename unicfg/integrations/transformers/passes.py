@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unicfg.integrations.transformers.prompts import Prompts
+from unicfg.integrations.transformers.row_cache import cache_argument
 
 
 def check_causal(model: Any, name: str = "model") -> None:
@@ -78,6 +79,7 @@ class CausalRows:
         self._held = 0  # tokens in the cache behind the prompts
         accepted = inspect.signature(model.forward).parameters
         self._few_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache_argument = cache_argument(model)
         self._takes_positions = "position_ids" in accepted
         # a static cache holds places that are not filled yet, which only a mask tells from others
         self._masked = fixed or any(bool((p.mask == 0).any()) for p in self.prompts.values())
@@ -155,9 +157,9 @@ class CausalRows:
         out = self.model(
             input_ids=rows.to(device),
             attention_mask=mask.to(device) if self._masked else None,
-            past_key_values=cache,
             use_cache=self.use_cache,
             return_dict=True,
+            **{self._cache_argument: cache},
             **extra,
         )
         logits = out.logits[:, -1].to(rows.device, torch.float32)
