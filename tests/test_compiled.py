@@ -13,6 +13,7 @@ from models import HybridTransformer, HybridTransformerConfig, compiled
 from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
 from unicfg.guidance import mitigations, schedules
 from unicfg.sampling.autoregressive import Uncached
+from unicfg.sampling.branches import Watch
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -129,6 +130,18 @@ def test_a_hybrid_decodes_and_draws_with_it(quick, graphs, monkeypatch):
         model.model.head.outputs.weight.data.neg_()
     changed = check(2, guidance=Guidance(3.0))
     assert not torch.allclose(changed, first)
+
+
+def test_a_broken_head_is_found_in_the_end_where_looking_would_wait(monkeypatch):
+    """As on a GPU: the same latents, and an error that names the first token that is broken."""
+    model, cond = hybrid(), torch.ones(1, 3, dtype=torch.long)
+    options = {"seeds": [0], "guidance": Guidance(2.0), "steps": 2}
+    own = sample_hybrid(model, cond, **options)
+    monkeypatch.setattr("unicfg.sampling.hybrid.Watch", lambda device: Watch(torch.device("cuda")))
+    assert torch.equal(sample_hybrid(model, cond, **options), own)
+    model.model.start.data[0] = float("nan")  # which the first token sees, and so all others
+    with pytest.raises(FloatingPointError, match="token 0: the latents are not finite"):
+        sample_hybrid(model, cond, **options)
 
 
 @needs_compiler

@@ -11,7 +11,8 @@ from tiny import transformer, wrapped_transformer
 
 from unicfg import ConditionDropout, Guidance, guide, sample_autoregressive
 from unicfg.guidance.schedules import interval, linear, table
-from unicfg.sampling import TokenFilter
+from unicfg.sampling import TokenFilter, Uncached
+from unicfg.sampling.branches import Watch
 from unicfg.sampling.randomness import generators, uniform
 from unicfg.sampling.tokens import draw
 
@@ -377,3 +378,34 @@ def test_a_gpu_draws_what_the_cpu_draws():
             model.cuda(), COND.cuda(), guidance=Guidance(s), seeds=range(4)
         )
         assert (on_gpu.cpu() == on_cpu).float().mean() > 0.9  # rounding may flip a rare tie
+
+
+def test_where_looking_would_wait_it_is_looked_at_in_the_end(monkeypatch):
+    """As on a GPU: the same tokens, and an error that names the first token that is broken."""
+    seen = []
+
+    def watch(device):
+        made = Watch(torch.device("cuda"))
+        seen.append(made)
+        return made
+
+    def logits(ids, cond):
+        out = torch.cos(torch.arange(5.0) * (cond[:, :1] + ids.sum(1, keepdim=True)))
+        if ids.shape[1] >= broken_from:
+            out[cond[:, 0] == 0] = torch.nan  # of the unconditional rows
+        return out
+
+    cond, options = torch.tensor([[1], [2]]), {"uncond": torch.tensor([0]), "seeds": [0, 1]}
+    options["guidance"] = Guidance(3.0)
+    broken_from = 9
+    own = sample_autoregressive(Uncached(logits, 6), cond, **options)
+    monkeypatch.setattr("unicfg.sampling.autoregressive.Watch", watch)
+    assert torch.equal(sample_autoregressive(Uncached(logits, 6), cond, **options), own)
+    assert len(seen) == 1 and not seen[0].at_once
+    broken_from, steps = 2, []
+    with pytest.raises(FloatingPointError, match=r"at token 2, in the branches \['uncond'\]"):
+        sample_autoregressive(Uncached(logits, 6), cond, **options)
+    # a callback is told of no broken step
+    with pytest.raises(FloatingPointError, match=r"at token 2, in the branches \['uncond'\]"):
+        sample_autoregressive(Uncached(logits, 6), cond, callback=steps.append, **options)
+    assert len(steps) == 2

@@ -20,6 +20,7 @@ from unicfg.sampling.branches import (
     Branch,
     Group,
     OfBranches,
+    Watch,
     begin_guidance,
     combine,
     network_and_null,
@@ -132,26 +133,19 @@ def sample_autoregressive(
     progresses = [progress_at(index, total) for index in range(total)]
     groups = plan(network, cond, uncond, branches, guidance, progresses)
     run = CachedBranches(groups, batch, compile)
+    watch = Watch(cond.device)
     ids = cond.new_empty((batch, 0), dtype=torch.long)
     for index, progress in enumerate(progresses):
         outputs = run(ids, guidance.branches_at(progress))
-        guided = combine(guidance, progress, outputs, f"token {index}")
-        probabilities = choose(_drawable(guided.out, index))
-        ids = torch.cat([ids, draw(probabilities, noise[:, index])[:, None]], dim=1)
+        guided = combine(guidance, progress, outputs, f"token {index}", watch=watch)
+        masked = guided.out.amax(-1).isneginf().any()
+        watch.see(f"no token {index} can be drawn: the guided logits mask every one", masked)
+        ids = torch.cat([ids, draw(choose(guided.out), noise[:, index])[:, None]], dim=1)
         if callback is not None:
+            watch.finish()
             callback(TokenStep(index, progress, guided.scale, ids, guided.out, guided.outputs))
+    watch.finish()
     return ids
-
-
-def _drawable(logits: Tensor, index: int) -> Tensor:
-    """The logits (B, V), if there is a token to draw in every row.
-
-    Raises:
-        FloatingPointError: if a row is masked throughout.
-    """
-    if bool(logits.amax(-1).isneginf().any()):
-        raise FloatingPointError(f"no token {index} can be drawn: the guided logits mask every one")
-    return logits
 
 
 class CachedBranches:

@@ -100,12 +100,47 @@ class Guided(NamedTuple):
     outputs: Mapping[str, Tensor]
 
 
+class Watch:
+    """Looks whether the numbers of a loop over tokens are sound: on a CPU at once, elsewhere at the end.
+
+    To look at a number on a GPU is to wait for it, and for all that was asked of it before.
+
+    Args:
+        device: of the numbers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.at_once = device.type == "cpu"
+        self._seen: list[tuple[str, Tensor]] = []
+
+    def see(self, message: str, broken: Tensor) -> None:
+        """Note what it means if ``broken``, a bool (), is true.
+
+        Raises:
+            FloatingPointError: if it is, and is looked at.
+        """
+        self._seen.append((message, broken))
+        if self.at_once:
+            self.finish()
+
+    def finish(self) -> None:
+        """Look at what was noted.
+
+        Raises:
+            FloatingPointError: with the message of the first that is broken.
+        """
+        seen, self._seen = self._seen, []
+        if seen and (broken := torch.stack([flag for _, flag in seen]).tolist()).count(True):
+            raise FloatingPointError(seen[broken.index(True)][0])
+
+
 def combine(
     guidance: Guidance,
     progress: float,
     outputs: Mapping[str, Tensor],
     step: str,
     level: Level | None = None,
+    watch: Watch | None = None,
 ) -> Guided:
     """Guide the outputs of one step.
 
@@ -115,11 +150,19 @@ def combine(
         outputs: of each branch that the step needs (B, ...).
         step: what to call this step in an error, as in "step 3".
         level: where a denoiser's outputs were made.
+        watch: looks at the outputs later, if it does not look at once.
 
     Raises:
         ValueError: if the outputs of two branches differ in shape.
         FloatingPointError: if an output holds NaN or +inf; names the step and the branch.
     """
+    if watch is not None and not watch.at_once:
+        check_same_shape(outputs)
+        for name, out in outputs.items():
+            message = f"the model's output holds NaN or +inf at {step}, in the branches {[name]}"
+            watch.see(message, ~(out.amax() < math.inf))
+        out = guidance.combine_branches(progress, outputs, level)
+        return Guided(out, guidance.scale_at(progress), outputs)
     # before they are guided, which saturates +inf; -inf masks a logit and is let through
     broken = [name for name, out in outputs.items() if _is_broken(out)]
     if not broken:

@@ -21,6 +21,7 @@ from unicfg.sampling.branches import (
     Branch,
     Group,
     Guided,
+    Watch,
     WholeGridPass,
     begin_guidance,
     combine,
@@ -209,22 +210,29 @@ def sample_hybrid(
     walk = None
     if compile and solver == "ddim" and len(groups) == 1:
         walk = _compiled_walk(network.head, times)
-    head = _Head(network.head, heads, guidance, guide_at, solver, times, levels, walk)
+    watch = Watch(cond.device)
+    head = _Head(
+        network.head, heads, guidance, guide_at, solver, times, levels, walk, watch.at_once
+    )
     if causal:
         turns = _causal_turns(groups, guidance, progresses, latents, compile)
     else:
         turns = _masked_turns(groups, guidance, progresses, latents, known, edges, sources)
     for turn in turns:
         drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
+        if not watch.at_once:  # where the head did not look
+            watch.see(f"token {turn.index}: the latents are not finite", ~drawn.isfinite().all())
         latents.scatter_(1, _wide(turn.places, channels), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
+            watch.finish()
             scale = guidance.scale_at(turn.progress)
             callback(
                 LatentStep(
                     turn.index, turn.progress, scale, latents.clone(), known.clone(), turn.states
                 )
             )
+    watch.finish()
     return latents
 
 
@@ -336,6 +344,7 @@ class _Head:
     times: Tensor
     levels: Sequence[tuple[Tensor, Tensor]]
     walk: Walk | None
+    looks: bool  # at every step, which would hold up a GPU
 
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
         """Latents (B, k, C) for noise (B, k, C)."""
@@ -371,7 +380,9 @@ class _Head:
             s = s.expand(rows, tokens, 1).clone(memory_format=torch.contiguous_format).view(-1, 1)
         hidden = torch.cat([states[name] for name in needed]).flatten(0, 1)
         drawn = self.walk(hidden, x.flatten(0, 1), s)
-        return None if drawn is None or not is_finite(drawn) else drawn.view(x.shape)
+        if drawn is None or (self.looks and not is_finite(drawn)):
+            return None
+        return drawn.view(x.shape)
 
     def _steps(
         self, guidance: Guidance, needed: tuple[str, ...], states: Mapping[str, Tensor], x: Tensor
@@ -394,7 +405,7 @@ class _Head:
                 cond_out, uncond_out = both.chunk(2)
                 out = guide_unchecked(cond_out, uncond_out, plain_scale)
                 outputs = {"cond": cond_out, "uncond": uncond_out}
-                if not is_finite(out):
+                if self.looks and not is_finite(out):
                     out = guide(cond_out, uncond_out, plain_scale)
                     require_finite(Guided(out, scale, outputs), f"step {index}")
                 return Guided(out, scale, outputs)
@@ -405,7 +416,8 @@ class _Head:
             level = Level(x, *self.levels[index], space) if running.mitigations else None
             out = running.combine_branches(progress, outputs, level)
             guided = Guided(out, scale, outputs)
-            require_finite(guided, f"step {index}")
+            if self.looks:
+                require_finite(guided, f"step {index}")
             return guided
 
         return integrate(evaluate, x, self.times, path, space, self.solver)

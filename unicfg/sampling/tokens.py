@@ -77,4 +77,5 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return ids
+    # where a GPU is not waited for, NaN comes this far: its place is beyond the end, and no embedding has a row there
+    return ids.clamp(max=probabilities.shape[-1] - 1)
