@@ -6,12 +6,13 @@ weights. The first sampling with a number of rows waits for the compiler, some t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class CompiledMethod:
             # not torch.compile: looking up whether its code still fits takes as long as a layer at each step, and here the
             # kind says it
             graph = make_fx(lambda *own: method(*own))(*arguments)
-            with inductor.patch(freezing=on_cpu, autotune_num_choices_displayed=0):
+            with inductor.patch(freezing=on_cpu), _quietly():
                 compiled = torch._inductor.compile(graph, list(arguments), options=_OPTIONS)
                 out: Tensor = compiled(*arguments)
         except Exception as error:  # whatever a compiler can fail with
@@ -123,6 +124,21 @@ class CompiledMethod:
             del self._compiled[oldest]
             _forget(self._modules.pop(oldest))
         return out
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the compiler tells of its search for the fastest kernels."""
+    from torch._inductor import select_algorithm
+
+    before = select_algorithm.PRINT_AUTOTUNE
+    select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch")
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:
