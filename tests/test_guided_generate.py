@@ -438,6 +438,29 @@ def test_the_processor_follows_drafts_that_are_taken_back(model):
         assert torch.equal(out, plain)
 
 
+def test_a_beam_goes_on_from_those_of_its_own_prompt(llama):
+    """Two beams each of two prompts that are alike but for their null prompts, which hold the same tokens."""
+    null = torch.tensor([[7, 1, 1], [4, 2, 6]])
+    ids = PROMPTS[:1].expand(4, -1)
+
+    def scores(processor, drawn):
+        rows = torch.cat([ids, torch.tensor(drawn)], 1) if drawn[0] else ids
+        return processor(rows, llama(input_ids=rows).logits[:, -1])
+
+    own = GuidedLogitsProcessor(llama, Guidance(2.5), null)
+    with torch.no_grad():
+        for drawn in ([[]] * 4, [[5], [6], [7], [5]], [[5, 1], [6, 1], [5, 1], [5, 2]]):
+            got = scores(own, drawn)
+            for row in range(4):
+                new = torch.tensor(drawn[row : row + 1], dtype=torch.long)
+                cond, uncond = (
+                    llama(input_ids=torch.cat([prompt, new], 1)).logits[:, -1]
+                    for prompt in (ids[:1], null[row // 2 :][:1])
+                )
+                expected = (uncond + 2.5 * (cond - uncond)).log_softmax(-1)[0]
+                torch.testing.assert_close(got[row], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_processor_takes_a_new_prompt_and_is_told_of_one_that_goes_on(llama):
     own = GuidedLogitsProcessor(llama, Guidance(2.5), NULLS[0])
     options = {"max_new_tokens": 4, "do_sample": False}
