@@ -146,17 +146,16 @@ class CausalRows:
 
     def _run(self, names: Sequence[str], rows: Tensor, cache: Any, drawn: int) -> dict[str, Tensor]:
         """One call for the last tokens (R, n) of the branches, of which ``drawn`` in all are behind the prompts."""
-        prompts = torch.cat([self.prompts[name].mask for name in names])
+        device = self.model.device  # prompts may be elsewhere, as generate allows
+        prompts = torch.cat([self.prompts[name].mask for name in names]).to(device)
         mask = torch.nn.functional.pad(prompts, (0, drawn), value=1)
         extra: dict[str, Any] = dict(self._few_logits)
         if self._takes_positions:
             # what is not padding counts from 0: a model with learned positions needs it, and none is hurt by it
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
-            extra["position_ids"] = extra["position_ids"].to(self.model.device)
-        device = self.model.device  # prompts may be elsewhere, as generate allows
         out = self.model(
             input_ids=rows.to(device),
-            attention_mask=mask.to(device) if self._masked else None,
+            attention_mask=mask if self._masked else None,
             use_cache=self.use_cache,
             return_dict=True,
             **{self._cache_argument: cache},
@@ -173,9 +172,8 @@ def _usable(model: Any, cache: Any, capacity: int) -> Any:
         return DynamicCache(config=model.config)
     layers: Any = cache.layers
     if isinstance(cache, StaticCache) and capacity > max(layer.max_cache_len for layer in layers):
-        return StaticCache(
-            config=model.config.get_text_config(decoder=True), max_cache_len=capacity
-        )
+        config = model.config.get_text_config(decoder=True)
+        return StaticCache(config=config, max_cache_len=capacity, offloading=cache.offloading)
     return cache
 
 

@@ -109,7 +109,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         """Unconditional logits (R, V) after the tokens (R, n), of which as many as can be are in the cache."""
         count = len(drawn)
         if self._rows is None or self._seen is None:
-            prompts = self.prompts.for_rows(count, "uncond_ids")
+            prompts = self.prompts.for_rows(count, "uncond_ids").to(drawn.device)
             self._rows = CausalRows(self.model, {"uncond": prompts}, {"uncond": (0, sys.maxsize)})
         else:
             length = min(drawn.shape[1], self._seen.shape[1])
@@ -117,12 +117,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
             # a row goes on from the one that it has most of, among those with its unconditional prompt
             group = torch.arange(count, device=drawn.device) // (count // len(self.prompts.ids))
             same = same.masked_fill(group[:, None] != group[None], -1)
-            own = same.diagonal()
-            best = torch.where(
-                own == same.amax(1), torch.arange(count, device=drawn.device), same.argmax(1)
-            )
-            self._rows.reorder(best)
+            longest, best = same.max(1)
+            if not torch.equal(same.diagonal(), longest):  # else each goes on from itself
+                self._rows.reorder(best)
             # the last token is run in any case, for its logits
-            self._rows.rewind(min(int(same.amax(1).min()), drawn.shape[1] - 1))
+            self._rows.rewind(min(int(longest.min()), drawn.shape[1] - 1))
         self._seen = drawn
         return self._rows(drawn.shape[1], drawn)

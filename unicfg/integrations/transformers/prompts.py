@@ -30,6 +30,10 @@ class Prompts:
         ids = torch.nn.functional.pad(self.ids, (missing, 0))
         return Prompts(ids, torch.nn.functional.pad(self.mask, (missing, 0)))
 
+    def to(self, device: torch.device) -> Prompts:
+        """The same on another device."""
+        return Prompts(self.ids.to(device), self.mask.to(device))
+
     def for_rows(self, rows: int, name: str) -> Prompts:
         """One prompt for all rows, or each one repeated for its returned sequences.
 
