@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from models import TextToImage
-from models.pipeline import held_families
+from models.folders import held_families
 from tokenizers_vq import VQTokenizer, to_float
 from tokenizers_vq.hub import write_text_atomically
 from unicfg import Guidance

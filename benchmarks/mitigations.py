@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from models import TextToImage
-from models.pipeline import held_families
+from models.folders import held_families
 from tokenizers_vq import to_float
 from tokenizers_vq.hub import write_text_atomically
 from unicfg import Guidance

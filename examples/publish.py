@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from models import TextToImage
-from models.pipeline import held_families
+from models.folders import held_families
 from tokenizers_vq import to_float
 from unicfg.training.recipe import load_recipe
 from unicfg.training.trainer import evaluate_tokenizer, load_data

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +20,7 @@ from tqdm.auto import tqdm
 from models.batches import Jobs, OutOfMemory, free_memory
 from models.compiled import is_out_of_memory
 from models.denoiser import LatentDenoiser
+from models.folders import describe, families_beside, find_weights, held_families
 from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
 from models.quantized import is_quantized, quantize
@@ -36,15 +28,10 @@ from models.token_transformer import MaskedTransformer, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
 from tokenizers_vq.cards import upload, write_card
 from tokenizers_vq.hub import (
-    CONFIG,
-    FORMAT_VERSION,
     WEIGHTS,
-    check_format_version,
     load_tensors,
-    read_json,
     save_part,
     write_atomically,
-    write_text_atomically,
 )
 from tokenizers_vq.images import from_image, to_images
 from unicfg.guidance import Guidance
@@ -110,7 +97,6 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "flow": sample_diffusion,
     "hybrid": sample_hybrid,
 }
-DESCRIPTION = "pipeline.json"
 NULL_FILE, NULL_KEY = "null_condition.safetensors", "null_condition"
 
 
@@ -596,7 +582,7 @@ class TextToImage:
         families = [f for f in MODEL_CLASSES if (folder / f / WEIGHTS).exists()]
         if facts is not None:
             self._write_card(folder, str(folder), families, facts)
-        _describe(folder, families)  # last, so that what it names is there
+        describe(folder, families)  # last, so that what it names is there
         return folder
 
     def _write_card(self, folder: Path, name: str, families: Sequence[str], facts: Facts) -> None:
@@ -651,9 +637,9 @@ class TextToImage:
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, dtype=dtype)
-            held = {*_families_beside(folder, repo_id, token), self.family}
+            held = {*families_beside(folder, repo_id, token), self.family}
             families = [family for family in MODEL_CLASSES if family in held]
-            _describe(folder, families)
+            describe(folder, families)
             self._write_card(folder, repo_id, families, facts)
 
         return upload(repo_id, write, private=private, token=token, commit_message=commit_message)
@@ -714,74 +700,3 @@ def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:
                 f"the model has {model} {what} and the tokenizer {codec}: "
                 "they were not trained together"
             )
-
-
-def _describe(folder: Path, families: Sequence[str]) -> None:
-    description = {"format_version": FORMAT_VERSION, "families": list(families)}
-    write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
-
-
-def _families_beside(folder: Path, repo_id: str, token: str | None) -> list[str]:
-    """The families that a repository holds, which share the tokenizer in ``folder``; none where there is none yet.
-
-    Raises:
-        ValueError: if they have another.
-    """
-
-    def fetch(file: str) -> Path:
-        return Path(hf_hub_download(repo_id, file, token=token))
-
-    try:
-        families: list[str] = read_json(fetch(DESCRIPTION))["families"]
-    except (GatedRepoError, LocalEntryNotFoundError):
-        raise  # nothing is known of it
-    except (RepositoryNotFoundError, EntryNotFoundError):
-        return []
-    for file in ("text.json", f"tokenizer/{CONFIG}", f"tokenizer/{WEIGHTS}"):
-        if fetch(file).read_bytes() != (folder / file).read_bytes():
-            raise ValueError(
-                f"{repo_id} holds {', '.join(families)} with another {file}, expected families of one tokenizer (saved "
-                "in one dtype): take another repository"
-            )
-    return families
-
-
-def held_families(name: Path | str) -> list[str]:
-    """The families that a pipeline's folder holds.
-
-    Raises:
-        FileNotFoundError: if there is no such pipeline; says where it was looked for.
-        ValueError: if its description was written by another release, or is damaged.
-    """
-    description = read_json(find_weights(name) / DESCRIPTION)
-    check_format_version(description.get("format_version"))
-    families = description.get("families")
-    if not isinstance(families, list):
-        raise ValueError(f"{name} holds the families {families}, expected a list in {DESCRIPTION}")
-    return families
-
-
-def shipped_weights() -> dict[str, Path]:
-    """Names and folders of the weights that ship with the library."""
-    root = Path(str(resources.files("models"))) / "weights"
-    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{DESCRIPTION}"))}
-
-
-def find_weights(name: Path | str) -> Path:
-    """The folder of a pipeline: shipped, local, or downloaded from the hub, in that order.
-
-    Raises:
-        FileNotFoundError: if it is none of these.
-    """
-    shipped = shipped_weights()
-    if str(name) in shipped:
-        return shipped[str(name)]
-    if (Path(name) / DESCRIPTION).is_file():
-        return Path(name)
-    known = f"expected one of {sorted(shipped)}, a folder with pipeline.json, or a hub repository"
-    if Path(name).exists() or str(name).count("/") != 1:
-        raise FileNotFoundError(f"no pipeline at {str(name)!r}: {known}")
-    try:
-        return Path(snapshot_download(str(name)))
-    except Exception as error:  # the hub client has no common base class for "not to be had"
-        raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error

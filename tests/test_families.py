@@ -10,7 +10,8 @@ from tiny import CAPTIONS, FAMILIES, network, pipeline, wrapped
 
 from models import DiffusionHead, TextToImage
 from models.blocks import TimeEmbedding
-from models.pipeline import OPTIONS, held_families
+from models.folders import held_families
+from models.pipeline import OPTIONS
 from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
 from unicfg.cli import main
 from unicfg.guidance.schedules import interval

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
-import models.pipeline
+import models.folders
 import tokenizers_vq.cards
 import tokenizers_vq.hub
 from models import TextToImage, TokenTransformer
@@ -46,9 +46,9 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tokenizers_vq.cards, "HfApi", Api)
     monkeypatch.setattr(tokenizers_vq.hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(models.pipeline, "snapshot_download", snapshot)
+    monkeypatch.setattr(models.folders, "snapshot_download", snapshot)
     monkeypatch.setattr(
-        models.pipeline,
+        models.folders,
         "hf_hub_download",
         lambda name, file, token=None: str(Path(snapshot(name)) / file),
     )
@@ -64,7 +64,7 @@ def test_a_pipeline_goes_there_and_back_with_all_its_families(hub, tmp_path):
     flow.push_to_hub(
         "me/shapes", FACTS, dtype=torch.float16, prompts=["a red circle", "two small blue squares"]
     )
-    assert models.pipeline.held_families("me/shapes") == ["ar", "flow"]
+    assert models.folders.held_families("me/shapes") == ["ar", "flow"]
     for pipe in (ar, flow):
         again = TextToImage.from_pretrained("me/shapes", pipe.family)
         images = [p(["a red circle"], **options)[0].tobytes() for p in (pipe, again)]

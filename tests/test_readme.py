@@ -8,7 +8,7 @@ import pytest
 from tiny import FAMILIES
 
 from models import TextToImage
-from models.pipeline import held_families, shipped_weights
+from models.folders import held_families, shipped_weights
 from tokenizers_vq import to_float
 from unicfg import Guidance
 from unicfg.evaluation.accuracy import attribute_accuracy, scene_of

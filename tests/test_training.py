@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from models import TextToImage
-from models.pipeline import held_families
+from models.folders import held_families
 from tokenizers_vq import VQTokenizer
 from tokenizers_vq.hub import write_atomically
 from unicfg import Guidance

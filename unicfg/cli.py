@@ -13,7 +13,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from models import TextToImage
-from models.pipeline import MODEL_CLASSES, held_families
+from models.folders import held_families
+from models.pipeline import MODEL_CLASSES
 from unicfg.evaluation.comparison import compare as draw_comparison
 from unicfg.guidance import Guidance, branches
 from unicfg.pictures import check_picture_name, grid, save_picture

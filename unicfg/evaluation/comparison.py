@@ -15,7 +15,7 @@ from PIL import Image
 
 import unicfg
 from models import TextToImage
-from models.pipeline import held_families
+from models.folders import held_families
 from tokenizers_vq.hub import write_text_atomically
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture

@@ -1,0 +1,103 @@
+"""Where pipelines lie: with the library, in a folder, on the Hugging Face hub; and which families each holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from tokenizers_vq.hub import (
+    CONFIG,
+    FORMAT_VERSION,
+    WEIGHTS,
+    check_format_version,
+    read_json,
+    write_text_atomically,
+)
+
+DESCRIPTION = "pipeline.json"
+
+
+def describe(folder: Path, families: Sequence[str]) -> None:
+    """Say which families a folder holds; the last thing that is written to it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    description = {"format_version": FORMAT_VERSION, "families": list(families)}
+    write_text_atomically(json.dumps(description, indent=2) + "\n", folder / DESCRIPTION)
+
+
+def families_beside(folder: Path, repo_id: str, token: str | None) -> list[str]:
+    """The families that a repository holds, which share the tokenizer in ``folder``; none where there is none yet.
+
+    Raises:
+        ValueError: if they have another.
+    """
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(repo_id, file, token=token))
+
+    try:
+        families: list[str] = read_json(fetch(DESCRIPTION))["families"]
+    except (GatedRepoError, LocalEntryNotFoundError):
+        raise  # nothing is known of it
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        return []
+    for file in ("text.json", f"tokenizer/{CONFIG}", f"tokenizer/{WEIGHTS}"):
+        if fetch(file).read_bytes() != (folder / file).read_bytes():
+            raise ValueError(
+                f"{repo_id} holds {', '.join(families)} with another {file}, expected families of one tokenizer (saved "
+                "in one dtype): take another repository"
+            )
+    return families
+
+
+def held_families(name: Path | str) -> list[str]:
+    """The families that a pipeline's folder holds.
+
+    Raises:
+        FileNotFoundError: if there is no such pipeline; says where it was looked for.
+        ValueError: if its description was written by another release, or is damaged.
+    """
+    description = read_json(find_weights(name) / DESCRIPTION)
+    check_format_version(description.get("format_version"))
+    families = description.get("families")
+    if not isinstance(families, list):
+        raise ValueError(f"{name} holds the families {families}, expected a list in {DESCRIPTION}")
+    return families
+
+
+def shipped_weights() -> dict[str, Path]:
+    """Names and folders of the weights that ship with the library."""
+    root = Path(str(resources.files("models"))) / "weights"
+    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{DESCRIPTION}"))}
+
+
+def find_weights(name: Path | str) -> Path:
+    """The folder of a pipeline: shipped, local, or downloaded from the hub, in that order.
+
+    Raises:
+        FileNotFoundError: if it is none of these.
+    """
+    shipped = shipped_weights()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if (Path(name) / DESCRIPTION).is_file():
+        return Path(name)
+    known = f"expected one of {sorted(shipped)}, a folder with pipeline.json, or a hub repository"
+    if Path(name).exists() or str(name).count("/") != 1:
+        raise FileNotFoundError(f"no pipeline at {str(name)!r}: {known}")
+    try:
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # the hub client has no common base class for "not to be had"
+        raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error
