@@ -1,0 +1,232 @@
+"""What a study found: one cell for each family, variant of guidance and scale, and the folder that holds them.
+
+study.json            the settings: all it takes to make the study again
+reference.json        the same measures of real images, of their reconstructions, and of what is known to be bad
+cells/FAMILY/VARIANT-sSCALE/
+    cell.json         one :class:`CellResult`, written last: a cell without it is drawn again
+    images.png        every image, ``COLUMNS`` a row, without gaps
+    steps.png         the first prompts on their way: a row an image, a column a moment, without gaps
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+COLUMNS = 16  # images a row in images.png
+Group = Literal["adherence", "diversity", "fidelity", "burn", "strength", "cost"]
+
+
+class Estimate(NamedTuple):
+    """A number and how far it may be off.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error; NaN where it has none.
+        n: of how many images.
+    """
+
+    value: float
+    error: float
+    n: int
+
+
+class TooFew(ValueError):
+    """There are not enough images for a number that means something."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a measure means.
+
+    Attributes:
+        label: for people.
+        group: which question it answers.
+        better: 1 where more is better, -1 where less is, 0 where near the real images is.
+        factor: shown is this times the value, as in percent.
+        unit: of what is shown.
+        digits: after the point.
+    """
+
+    label: str
+    group: Group
+    better: Literal[-1, 0, 1]
+    factor: float = 1.0
+    unit: str = ""
+    digits: int = 2
+
+
+MEASURES: Mapping[str, About] = {
+    "attributes": About("attributes right", "adherence", 1, 100, "%", 1),
+    "whole_scene": About("whole scenes right", "adherence", 1, 100, "%", 1),
+    "caption_top5": About("right caption among the first 5", "adherence", 1, 100, "%", 1),
+    "caption_rank": About("mean rank of the right caption", "adherence", -1, 1, "", 1),
+    "open_entropy": About("entropy of what prompts leave open", "diversity", 1, 1, "bits"),
+    "vendi": About("Vendi score within a prompt", "diversity", 1, 1, "images"),
+    "distance": About("feature distance within a prompt", "diversity", 1),
+    "recall": About("recall", "diversity", 1, 100, "%", 1),
+    "coverage": About("coverage", "diversity", 1, 100, "%", 1),
+    "kid": About("KID x 1000", "fidelity", -1, 1000, "", 1),
+    "fd": About("Fréchet distance", "fidelity", -1, 1, "", 1),
+    "precision": About("precision", "fidelity", 1, 100, "%", 1),
+    "density": About("density", "fidelity", 1),
+    "clipped": About("clipped pixels", "burn", 0, 100, "%", 1),
+    "chroma": About("chroma", "burn", 0, 100, "%", 1),
+    "contrast": About("contrast", "burn", 0, 100, "%", 1),
+    "codebook": About("codebook used", "burn", 0, 100, "%", 1),
+    "repetition": About("tokens like their neighbour", "burn", 0, 100, "%", 1),
+    "strength": About("KL(guided || cond)", "strength", 0, 1, "nats an image"),
+    "rows": About("forward rows an image", "cost", -1, 1, "", 0),
+    "seconds": About("seconds an image", "cost", -1, 1, "s", 3),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which cell of the grid.
+
+    Attributes:
+        family: "ar", "masked", ...
+        variant: name of the variant of guidance; "plain" is the formula and nothing else.
+        s: the scale.
+    """
+
+    family: str
+    variant: str
+    s: float
+
+    @property
+    def folder(self) -> str:
+        """Where the cell lies in the study's folder; another for every cell."""
+        words = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.variant).strip("_")
+        return f"cells/{self.family}/{words}-s{scale_text(self.s)}"
+
+    def __str__(self) -> str:
+        """For people."""
+        what = "" if self.variant == "plain" else f" {self.variant}"
+        return f"{self.family}{what} s={self.s:g}"
+
+
+def scale_text(scale: float) -> str:
+    """A scale in a file name: short, and another for every scale."""
+    return f"{scale:.17g}" if float(f"{scale:g}") != scale else f"{scale:g}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell gave.
+
+    Attributes:
+        cell: which.
+        measures: by name, see ``MEASURES``.
+        missing: why a measure has no number, by name.
+        trace: means over the samples at each step, lists of one length: "progress", "scale", "distance" ||guided - cond||,
+            "kl" in nats, "entropy" in nats, "cosine" of cond and uncond, "saturation", "changed" (chance that guidance
+            drew another token); None where a family has no such number. And "places", KL by place of the image, rows
+            of columns.
+        failure: why there are no images; None where there are.
+        made_with: a hash of all that the numbers depend on: weights, sampler, prompts, seeds, measures.
+    """
+
+    cell: Cell
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    trace: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    made_with: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``cell.json`` and the lines of ``results.jsonl``."""
+        return {
+            "family": self.cell.family,
+            "variant": self.cell.variant,
+            "s": self.cell.s,
+            "measures": {name: own._asdict() for name, own in self.measures.items()},
+            "missing": dict(self.missing),
+            "trace": dict(self.trace),
+            "failure": self.failure,
+            "made_with": self.made_with,
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> CellResult:
+        """From what :meth:`to_json` made."""
+        return cls(
+            Cell(held["family"], held["variant"], held["s"]),
+            estimates(held["measures"]),
+            held["missing"],
+            held["trace"],
+            held["failure"],
+            held["made_with"],
+        )
+
+
+def estimates(held: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    """Estimates by name, from JSON, in which NaN is null."""
+    return {
+        name: Estimate(_number(own["value"]), _number(own["error"]), int(own["n"]))
+        for name, own in held.items()
+    }
+
+
+def _number(held: float | None) -> float:
+    return float("nan") if held is None else float(held)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole study, or what there is of it.
+
+    Attributes:
+        settings: as in ``study.json``: "families", "scales", "variants" (name -> how it is written), "prompts" and more.
+        reference: measures by what they are of: "real images", "reconstructions", "shuffled captions".
+        cells: in the order of families, variants and scales; those that are finished.
+        folder: where the pictures are.
+    """
+
+    settings: Mapping[str, Any]
+    reference: Mapping[str, Mapping[str, Estimate]]
+    cells: tuple[CellResult, ...]
+    folder: Path
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Results:
+        """Read a study's folder.
+
+        Raises:
+            FileNotFoundError: if there is no study.
+        """
+        folder = Path(folder)
+        file = folder / "study.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no study in {folder}: expected the file {file.name} there")
+        settings = json.loads(file.read_text("utf-8"))
+        reference = {}
+        if (folder / "reference.json").is_file():
+            held = json.loads((folder / "reference.json").read_text("utf-8"))
+            reference = {name: estimates(own) for name, own in held["measures"].items()}
+        found = [
+            CellResult.from_json(
+                json.loads((folder / cell.folder / "cell.json").read_text("utf-8"))
+            )
+            for family in settings["families"]
+            for variant in settings["variants"]
+            for s in settings["scales"]
+            for cell in [Cell(family, variant, s)]
+            if (folder / cell.folder / "cell.json").is_file()
+        ]
+        return cls(settings, reference, tuple(found), folder)
+
+    def of(self, family: str, variant: str = "plain") -> list[CellResult]:
+        """The cells of one curve that have images, by scale."""
+        own = [
+            result
+            for result in self.cells
+            if (result.cell.family, result.cell.variant) == (family, variant)
+            and result.failure is None
+        ]
+        return sorted(own, key=lambda result: result.cell.s)
