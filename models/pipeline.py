@@ -37,6 +37,9 @@ from tokenizers_vq.images import from_image, to_images
 from unicfg.guidance import Guidance
 from unicfg.sampling import (
     Branch,
+    DenoisingStep,
+    LatentStep,
+    Step,
     sample_autoregressive,
     sample_diffusion,
     sample_hybrid,
@@ -60,7 +63,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "refresh", "init_image", "mask"),
     "diffusion": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
     "flow": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
-    "hybrid": ("steps", "solver", "temperature", "guide_at", "compile"),
+    "hybrid": ("steps", "solver", "temperature", "guide_at", "compile", "head_callback"),
 }
 
 
@@ -77,6 +80,7 @@ class Options(TypedDict, total=False):
     guide_at: str | None
     refresh: int
     compile: bool
+    head_callback: Callable[[DenoisingStep], None] | None
     init_image: Image.Image | Tensor | None
     mask: Image.Image | Tensor | None
 
@@ -427,6 +431,32 @@ class TextToImage:
             return min(steps or STEPS["masked"], tokens)
         return STEPS[self.family] if steps is None else steps
 
+    def preview(self, step: Step) -> Tensor:
+        """The picture that a step, as a callback is given it, has so far: grey where nothing is drawn yet.
+
+        Of a denoising step it is the clean picture that the guided output stands for.
+
+        Args:
+            step: of this pipeline's family.
+
+        Returns:
+            images (B, 3, H, W) in [-1, 1], on the CPU.
+        """
+        if isinstance(step, DenoisingStep):
+            return self.tokenizer.decode_latents(step.x0.float()).cpu()
+        if isinstance(step, LatentStep):
+            latents = self._as_grid(step.latents).permute(0, 3, 1, 2)
+            images, known = self.tokenizer.decode_latents(latents), self._as_grid(step.known)
+        else:
+            missing = self.network.config.grid**2 - step.ids.shape[1]
+            unknown = self.tokenizer.codebook_size  # as the mask token is, so that both are alike
+            ids = self._as_grid(F.pad(step.ids, (0, missing), value=unknown))
+            known = ids < unknown
+            images = self.tokenizer.decode(ids.where(known, 0))
+        factor = self.tokenizer.config.factor
+        drawn = known.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return images.where(drawn[:, None], 0.0).cpu()
+
     def _as_grid(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L, ...) in raster order as (B, h, w, ...)."""
         side = self.network.config.grid
@@ -520,6 +550,7 @@ class TextToImage:
             refresh: masked, diffusion, flow: run the other branches than the condition every ``refresh`` steps; see
                 :func:`unicfg.sampling.sample_diffusion`.
             compile: ar, hybrid: decode with a compiled step; see :func:`unicfg.sampling.sample_autoregressive`.
+            head_callback: hybrid: called with each step of the head; see :func:`unicfg.sampling.sample_hybrid`.
             init_image: masked, diffusion, flow: an image (3, H, W) in [-1, 1], or one a prompt (B, 3, H, W), of which
                 a part is drawn anew.
             mask: which part, bool (H, W), or a picture that is white there. A token is drawn anew if any of its pixels is

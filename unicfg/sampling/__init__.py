@@ -8,6 +8,7 @@ from unicfg.sampling.diffusion import sample_diffusion
 from unicfg.sampling.hybrid import LatentStep, sample_hybrid
 from unicfg.sampling.masked import UnmaskingStep, sample_masked
 from unicfg.sampling.paths import cosine, linear, straight
+from unicfg.sampling.recorder import Recorder, Step, Trace
 from unicfg.sampling.solvers import DenoisingStep
 from unicfg.sampling.tokens import TokenFilter
 
@@ -17,8 +18,11 @@ __all__ = [
     "ClassifierTokens",
     "DenoisingStep",
     "LatentStep",
+    "Recorder",
+    "Step",
     "TokenFilter",
     "TokenStep",
+    "Trace",
     "Uncached",
     "UnmaskingStep",
     "cosine",

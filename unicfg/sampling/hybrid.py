@@ -33,6 +33,7 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.masked import reveal_counts
 from unicfg.sampling.randomness import check_seeds, generators, normal
 from unicfg.sampling.solvers import (
+    Callback,
     Solver,
     Spacing,
     check_cfg_pp,
@@ -91,6 +92,7 @@ class LatentStep:
         scale: s at this step: a float or (B,).
         latents: (B, L, C); 0 where not drawn yet.
         known: bool (B, L), True where drawn.
+        places: of the tokens just drawn (B, k).
         states: hidden states of the tokens just drawn (B, k, D), of each branch that the step needed.
     """
 
@@ -99,6 +101,7 @@ class LatentStep:
     scale: Scale
     latents: Tensor
     known: Tensor
+    places: Tensor
     states: Mapping[str, Tensor]
 
     @property
@@ -129,6 +132,7 @@ def sample_hybrid(
     temperature: float = 1.0,
     compile: bool = False,
     callback: Callable[[LatentStep], None] | None = None,
+    head_callback: Callback | None = None,
 ) -> Tensor:
     """Draw continuous tokens, guided inside the denoising head.
 
@@ -152,6 +156,8 @@ def sample_hybrid(
         compile: with the order "causal", decode with a compiled step, see :func:`sample_autoregressive`. So does the head,
             where solver is "ddim" and guidance is of one conditional and one unconditional branch without mitigations.
         callback: called with a :class:`LatentStep` after each token or set of tokens.
+        head_callback: called with a :class:`DenoisingStep` of k tokens (B, k, C) after each step of the head, which then
+            does not run compiled; the head's progress is that of the token's own steps. With ``guide_at="head"``.
 
     Returns:
         latents (B, L, C), float32.
@@ -181,6 +187,11 @@ def sample_hybrid(
             f"guide_at is {guide_at!r} with {type(guidance.scale).__name__}, which is made for predictions of the "
             "head: expected 'head'"
         )
+    if guide_at != "head" and head_callback is not None:
+        raise ValueError(
+            f"guide_at is {guide_at!r} with head_callback, which would be shown predictions of extrapolated states as "
+            "conditional ones: expected 'head'"
+        )
     check_solver(solver, 0.0)
     check_cfg_pp(guidance, solver)
     passes = _check_passes(passes, network.order)
@@ -208,11 +219,20 @@ def sample_hybrid(
     heads = [(group, group.network.head.prepare(times[:-1].to(cond.device))) for group in groups]
     levels = list(zip(*network.head.path.coefficients(times), strict=True))
     walk = None
-    if compile and solver == "ddim" and len(groups) == 1:
+    if compile and solver == "ddim" and len(groups) == 1 and head_callback is None:
         walk = _compiled_walk(network.head, times)
     watch = Watch(cond.device)
     head = _Head(
-        network.head, heads, guidance, guide_at, solver, times, levels, walk, watch.at_once
+        network.head,
+        heads,
+        guidance,
+        guide_at,
+        solver,
+        times,
+        levels,
+        walk,
+        head_callback,
+        watch.at_once,
     )
     if causal:
         turns = _causal_turns(groups, guidance, progresses, latents, compile)
@@ -229,7 +249,13 @@ def sample_hybrid(
             scale = guidance.scale_at(turn.progress)
             callback(
                 LatentStep(
-                    turn.index, turn.progress, scale, latents.clone(), known.clone(), turn.states
+                    turn.index,
+                    turn.progress,
+                    scale,
+                    latents.clone(),
+                    known.clone(),
+                    turn.places,
+                    turn.states,
                 )
             )
     watch.finish()
@@ -344,6 +370,7 @@ class _Head:
     times: Tensor
     levels: Sequence[tuple[Tensor, Tensor]]
     walk: Walk | None
+    callback: Callback | None
     looks: bool  # at every step, which would hold up a GPU
 
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
@@ -420,7 +447,7 @@ class _Head:
                 require_finite(guided, f"step {index}")
             return guided
 
-        return integrate(evaluate, x, self.times, path, space, self.solver)
+        return integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
 
 
 def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> Scale | None:

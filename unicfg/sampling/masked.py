@@ -61,6 +61,7 @@ class UnmaskingStep(OfBranches):
             the first step, 1.0 at the last, 0.0 at an only one; the same for all samples whatever their masks.
         scale: s at this step: a float or (B,).
         ids: tokens (B, L); ``mask_token`` where still unknown.
+        revealed: bool (B, L), True at the tokens that this step has revealed.
         guided: guided logits (B, L, V).
         outputs: logits (B, L, V) of each branch that the step needed.
     """
@@ -69,6 +70,7 @@ class UnmaskingStep(OfBranches):
     progress: float
     scale: Scale
     ids: Tensor
+    revealed: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
 
@@ -180,7 +182,9 @@ def sample_masked(
             ids = torch.where(kept, ids.masked_scatter(masked, drawn), ids)
         masked = masked & ~kept
         if callback is not None:
-            callback(UnmaskingStep(index, progress, guided.scale, ids, guided.out, guided.outputs))
+            callback(
+                UnmaskingStep(index, progress, guided.scale, ids, kept, guided.out, guided.outputs)
+            )
     return ids
 
 

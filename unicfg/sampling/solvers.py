@@ -24,6 +24,7 @@ from torch import Tensor
 from unicfg.guidance.branches import CfgPlusPlus
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.guidance.spaces import (
+    Level,
     Space,
     check_level,
     split_unchecked,
@@ -56,7 +57,7 @@ class DenoisingStep(OfBranches):
         progress: index / (steps - 1).
         scale: s at this step: a float or (B,).
         t: time of the evaluation, 1 at the noise.
-        x: the noisy latents that the model saw (B, *shape).
+        level: the noisy latents ``x`` that the model saw (B, *shape), their noise level, and the model's space.
         x0: the clean latents that the guided output stands for (B, *shape).
         guided: the guided output (B, *shape), in the model's space.
         outputs: of each branch that the step needed (B, *shape).
@@ -66,10 +67,15 @@ class DenoisingStep(OfBranches):
     progress: float
     scale: Scale
     t: float
-    x: Tensor
+    level: Level
     x0: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
+
+    @property
+    def x(self) -> Tensor:
+        """The noisy latents that the model saw (B, *shape)."""
+        return self.level.x
 
 
 Callback = Callable[[DenoisingStep], None]
@@ -358,7 +364,7 @@ def report_step(index: int, progress: float, t: float, now: Prediction) -> Denoi
         progress,
         guided.scale,
         t,
-        now.x,
+        Level(now.x, now.alpha, now.sigma, now.space),
         now.x0,
         guided.out,
         guided.outputs,
