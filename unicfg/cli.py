@@ -1,12 +1,14 @@
-"""The command line: ``unicfg train RECIPE``, ``unicfg generate PROMPT`` and ``unicfg compare PROMPT``."""
+"""The command line: ``unicfg train RECIPE``, ``generate PROMPT``, ``compare PROMPT`` or ``--data``, and ``demo``."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -16,6 +18,7 @@ from models import TextToImage
 from models.folders import held_families
 from models.pipeline import MODEL_CLASSES
 from unicfg.evaluation.comparison import compare as draw_comparison
+from unicfg.evaluation.prompts import read_prompts
 from unicfg.guidance import Guidance, branches
 from unicfg.pictures import check_picture_name, grid, save_picture
 from unicfg.sampling import TokenFilter
@@ -168,7 +171,9 @@ def generate(
 
 @app.command()
 def compare(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw; or --data, for a whole study.")
+    ] = None,
     scales: Annotated[
         list[float] | None, typer.Option(help="The columns: --scales 1 2 4 8 16.")
     ] = None,
@@ -176,23 +181,74 @@ def compare(
         list[str] | None, typer.Option(help="The rows; all that the weights hold.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Shipped weights (shapes), a folder, or a hub repository.")
-    ] = "shapes",
-    n: Annotated[int, typer.Option("-n", help="Seeds, a row each.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first image; the next has seed + 1.")] = 0,
+        str | None, typer.Option(help="Shipped weights (shapes), a folder, or a hub repository.")
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Seeds, a row each; of a study: images a cell.", min=1),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first image; the next has seed + 1.", min=0)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A study of many prompts: shapes, a folder of captioned images, or a text file with a prompt a line."
+        ),
+    ] = None,
+    schedules: Annotated[
+        list[str] | None, typer.Option(help='Of a study: --schedules "interval(s, 0.2, 0.8)" ...')
+    ] = None,
+    mitigations: Annotated[
+        list[str] | None,
+        typer.Option(help='Of a study: --mitigations "rescale(0.7)" "tcfg + mimic_scale(3)" ...'),
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(help="Of a study: images of each prompt whose diversity is looked at.", min=0),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Of a study: lite0, pixels, or your own as package.module:function."),
+    ] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="A study's settings: YAML, or the study.json of another.")
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="A picture to write, or a folder for single images and settings.")
-    ] = Path("out/compare.png"),
+        Path | None,
+        typer.Option(help="A picture to write, or a folder for single images, or for the study."),
+    ] = None,
 ) -> None:
-    """Draw one prompt with every family at every scale, from the same seeds."""
+    """Draw one prompt with every family at every scale, or make a whole study with a report.
+
+    A study draws and measures a grid of families, scales, schedules and mitigations over many prompts, goes on where
+    it was stopped, and shares its cells among the processes of accelerate launch.
+    """
+    axes = {"scales": scales, "families": families, "weights": weights, "n": n, "seed": seed}
+    more = {"data": data, "draws": draws, "features": features}
+    given = {name: value for name, value in (axes | more).items() if value is not None}
+    if study is not None or data is not None:
+        if prompt is not None:
+            raise ValueError(f"PROMPT is {prompt!r} with a study, expected one of them")
+        _study(study, given, schedules or [], mitigations or [], out or Path("out/study"))
+        return
+    of_studies = {"schedules": schedules, "mitigations": mitigations, "features": features}
+    for name, value in (of_studies | {"draws": draws}).items():
+        if value is not None:
+            raise ValueError(f"--{name} is of a study, expected --data or --study with it")
+    if prompt is None:
+        raise ValueError("expected a PROMPT, --data or --study")
+    out = out or Path("out/compare.png")
     if out.suffix and not out.is_dir():
         check_picture_name(out)
     if out.is_file() and not out.suffix:
         raise ValueError(
             f"--out is {out}, a file: expected a folder, or a picture such as {out}.png"
         )
+    weights = weights or "shapes"
     names = families or held_families(weights)
     values = scales or [1.0, 2.0, 4.0, 8.0, 16.0]
+    first = seed or 0
     with tqdm(total=len(names) * len(values), desc="drawing", unit="cell") as bar:
 
         def advance(family: str, scale: float) -> None:
@@ -203,10 +259,65 @@ def compare(
             weights=weights,
             families=names,
             scales=values,
-            seeds=range(seed, seed + n),
+            seeds=range(first, first + (n or 1)),
             progress=advance,
         )
     print(f"the picture is in {result.save(out)}")
+
+
+def _study(
+    file: Path | None,
+    given: dict[str, Any],
+    schedules: list[str],
+    mitigations: list[str],
+    out: Path,
+) -> None:
+    """Make a study and its report; what is given on the command line takes the place of what the file says."""
+    # imported here: drawing one prompt must not wait for the measures
+    from unicfg.evaluation.report import write_report
+    from unicfg.evaluation.study import Study, Variant, read_study, run
+
+    settings = Study() if file is None else read_study(file)
+    changes: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    extra = [Variant(text, scale=text) for text in schedules]
+    extra += [Variant(text, mitigations=text) for text in mitigations]
+    if extra:
+        changes["variants"] = (*settings.variants, *extra)
+    settings = dataclasses.replace(settings, **changes)
+    command = f"unicfg {shlex.join(sys.argv[1:])}"
+    results = run(settings, out, command=command)
+    failed = [own for own in results.cells if own.failure is not None]
+    for own in failed:
+        print(f"{own.cell}: {own.failure}", file=sys.stderr)
+    if is_main_process():
+        print(f"the report is in {write_report(out)}")
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of several."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+@app.command()
+def demo(
+    weights: Annotated[
+        str, typer.Option(help="Shipped weights (shapes, emoji), a folder, or a hub repository.")
+    ] = "shapes",
+    families: Annotated[
+        list[str] | None, typer.Option(help="To offer; all that the weights hold.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 7860,
+) -> None:
+    """Serve a page to type prompts, move the scale, and watch families draw side by side."""
+    # imported here: gradio takes seconds, and may not be there
+    from unicfg.demo.page import launch
+
+    launch(weights=weights, host=host, port=port, families=families)
 
 
 def _open_picture(name: str, file: Path, size: int) -> Image.Image:
@@ -239,16 +350,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is not None:
         return [prompt]
     assert file is not None
-    if not file.is_file():
-        raise FileNotFoundError(f"no prompts at {file}, expected a text file with one a line")
-    try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{file} is empty, expected one prompt a line")
-    return lines
+    return read_prompts(file)
 
 
 def _arrange(
@@ -308,10 +410,16 @@ def _is_family(text: str) -> bool:
     return text in MODEL_CLASSES or (text.isalpha() and text.islower())
 
 
+def _is_no_option(text: str) -> bool:
+    return not text.startswith("-")
+
+
 # options that take several values, and what such a value looks like
 LIST_OPTIONS: dict[str, Callable[[str], bool]] = {
     "--scales": _is_number,
     "--families": _is_family,
+    "--schedules": _is_no_option,
+    "--mitigations": _is_no_option,
 }
 
 
@@ -326,7 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
         if text.strip():  # without arguments the help has been shown
             print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

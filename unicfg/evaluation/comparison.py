@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import html
 import json
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-import unicfg
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq.hub import write_text_atomically
+from unicfg.evaluation.provenance import settings_of, versions
+from unicfg.evaluation.results import scale_text
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 
@@ -70,7 +69,7 @@ class Comparison:
         files = {}
         for (family, scale), images in self.images.items():
             for seed, image in zip(self.seeds, images, strict=True):
-                file = f"images/{family}-s{_text(scale)}-seed{seed}.png"
+                file = f"images/{family}-s{scale_text(scale)}-seed{seed}.png"
                 save_picture(image, out / file)
                 files[file] = {"family": family, "scale": scale, "seed": seed}
         settings = {
@@ -80,11 +79,7 @@ class Comparison:
             "seeds": self.seeds,
             "families": self.settings,
             "images": files,
-            "versions": {
-                "unicfg": unicfg.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
         write_text_atomically(json.dumps(settings, indent=2) + "\n", out / "settings.json")
         write_text_atomically(self._page(), out / "index.html")
@@ -96,7 +91,7 @@ class Comparison:
         for family in self.families:
             for seed in self.seeds:
                 cells = "".join(
-                    f'<td><img src="images/{family}-s{_text(scale)}-seed{seed}.png" alt="{family}, s = {scale:g}"></td>'
+                    f'<td><img src="images/{family}-s{scale_text(scale)}-seed{seed}.png" alt="{family}, s = {scale:g}"></td>'
                     for scale in self.scales
                 )
                 rows.append(f"<tr><th>{family}<br>seed {seed}</th>{cells}</tr>")
@@ -107,11 +102,6 @@ class Comparison:
             f"<h1>{title}</h1><table><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
             '<p><a href="settings.json">every setting</a></p>\n'
         )
-
-
-def _text(scale: float) -> str:
-    """A scale in a file name: short, and another for every scale."""
-    return f"{scale:.17g}" if float(f"{scale:g}") != scale else f"{scale:g}"
 
 
 def compare(
@@ -146,16 +136,7 @@ def compare(
     pipes = {family: TextToImage.from_pretrained(weights, family) for family in families}
     result = Comparison(prompt, str(weights), tuple(families), tuple(scales), tuple(seeds))
     for family, pipe in pipes.items():
-        result.settings[family] = {
-            "network": type(pipe.network).__name__,
-            "parameters": sum(p.numel() for p in pipe.network.parameters()),
-            "config": asdict(pipe.network.config),
-            "tokenizer": asdict(pipe.tokenizer.config),
-            "sampler": pipe.sampler_settings(),
-            "mitigations": [],
-            "weights_sha256": pipe.digest(),
-            "device": str(pipe.device),
-        }
+        result.settings[family] = settings_of(pipe)
         for scale, guidance in guidances.items():
             result.images[family, scale] = pipe(
                 [prompt] * len(seeds), seeds=list(seeds), guidance=guidance

@@ -11,6 +11,7 @@ cells/FAMILY/VARIANT-sSCALE/
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class CellResult:
             "family": self.cell.family,
             "variant": self.cell.variant,
             "s": self.cell.s,
-            "measures": {name: own._asdict() for name, own in self.measures.items()},
+            "measures": plain(self.measures),
             "missing": dict(self.missing),
             "trace": dict(self.trace),
             "failure": self.failure,
@@ -163,6 +164,14 @@ class CellResult:
             held["failure"],
             held["made_with"],
         )
+
+
+def plain(measures: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    """Estimates by name for JSON, in which NaN is null."""
+    return {
+        name: {key: v if math.isfinite(v) else None for key, v in own._asdict().items()}
+        for name, own in measures.items()
+    }
 
 
 def estimates(held: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:

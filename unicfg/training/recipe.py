@@ -5,15 +5,12 @@ Every section is a dataclass and its fields are the keys; a key that is none of 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import dacite
-import yaml
-
+from unicfg.settings import build, read_mapping
 from unicfg.training.losses import check_noise_settings
 
 Family = Literal["ar", "masked", "diffusion", "flow", "hybrid"]
@@ -205,19 +202,8 @@ def load_recipe(file: Path | str, family: str | None = None) -> Recipe:
         ValueError: if it is no YAML mapping, a key is unknown or missing, or a value is of another type or out
             of its range; names the key and what was expected.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no recipe at {file}, expected a YAML file")
-    try:
-        values = yaml.safe_load(Path(file).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
-    try:
-        values = _typed(_with_family(values, family, str(file)), Recipe, str(file))
-        return dacite.from_dict(Recipe, values, dacite.Config(strict=True))
-    except dacite.DaciteError as error:
-        raise ValueError(f"{file}: {error}") from error
+    values = _with_family(read_mapping(file, "recipe"), family, str(file))
+    return build(Recipe, values, str(file))
 
 
 def _with_family(values: dict[str, Any], family: str | None, where: str) -> dict[str, Any]:
@@ -249,32 +235,3 @@ def _merged(values: dict[str, Any], changes: Any) -> dict[str, Any]:
             else value
         )
     return merged
-
-
-def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, Any]:
-    """The values with lists as tuples and whole numbers as floats where the section wants these.
-
-    Raises:
-        ValueError: if a key is unknown, a list is no list, or a number no number.
-    """
-    known = {f.name: f for f in dataclasses.fields(section)}
-    typed: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
-        kind, factory = str(known[key].type), known[key].default_factory
-        if isinstance(factory, type):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} is {value!r}, expected a section of keys")
-            value = _typed(value, factory, f"{where}: {key}")
-        elif kind.startswith("tuple"):
-            if not isinstance(value, list):
-                raise ValueError(f"{where}: {key} is {value!r}, expected a list")
-            value = tuple(value)
-        elif kind.startswith("float") and value is not None:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
-                raise ValueError(f"{where}: {key} is {value!r}, expected a number{hint}")
-            value = float(value)
-        typed[key] = value
-    return typed

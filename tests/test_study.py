@@ -1,0 +1,346 @@
+"""Studies: every cell is what the pipeline draws, nothing finished is lost, and what is bad is refused or reported."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import CAPTIONS, pipeline
+
+from models import TextToImage
+from tokenizers_vq import to_float
+from tokenizers_vq.images import to_images
+from unicfg import Guidance
+from unicfg.cli import expand_lists, main
+from unicfg.evaluation import study as studies
+from unicfg.evaluation.results import COLUMNS, Cell, Results
+from unicfg.evaluation.study import Study, Variant, read_study, run
+from unicfg.guidance.schedules import interval
+from unicfg.training.shapes import make_shapes
+
+SMALL = {"n": 20, "draws": 3, "features": "pixels", "scales": (1.0, 3.0)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    out = tmp_path_factory.mktemp("weights") / "tiny"
+    for family in ("ar", "flow", "hybrid"):
+        pipeline(family=family).save_pretrained(out)
+    return str(out)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(CAPTIONS) + "\n\n")
+    return str(file)
+
+
+def tiles(file, size: int) -> list[np.ndarray]:
+    sheet = np.asarray(Image.open(file))
+    return [
+        sheet[y : y + size, x : x + size]
+        for y in range(0, sheet.shape[0], size)
+        for x in range(0, sheet.shape[1], size)
+    ]
+
+
+def test_every_cell_is_what_the_pipeline_draws(weights, tmp_path):
+    variants = (
+        Variant(),
+        Variant("late", "interval(s, 0.5, 1)", scales=(3.0,)),
+        Variant("trust", mitigations="kl_trust_region(0.5)"),
+    )
+    results = run(
+        Study(weights, variants=variants, families=("ar", "flow"), seed=5, **SMALL),
+        tmp_path / "out",
+        progress=False,
+    )
+    # a trust region of logits has no meaning for velocities, and the late variant has one scale
+    found = [own.cell for own in results.cells]
+    ar = [Cell("ar", "plain", s) for s in (1.0, 3.0)] + [Cell("ar", "late", 3.0)]
+    ar += [Cell("ar", "trust", s) for s in (1.0, 3.0)]
+    flow = [Cell("flow", "plain", s) for s in (1.0, 3.0)] + [Cell("flow", "late", 3.0)]
+    assert found == ar + flow
+    scenes = make_shapes(20, size=16, seed=77, wrong=0.0)
+    for cell, guidance in (
+        (Cell("ar", "late", 3.0), Guidance(interval(3.0, 0.5, 1.0))),
+        (Cell("flow", "plain", 3.0), Guidance(3.0)),
+    ):
+        pipe = TextToImage.from_pretrained(weights, cell.family)
+        images = pipe(scenes.captions, seeds=range(5, 25), guidance=guidance)
+        drawn = tiles(results.folder / cell.folder / "images.png", 16)
+        assert len(drawn) == 2 * COLUMNS
+        for own, image in zip(drawn, images, strict=False):
+            assert np.array_equal(own, np.asarray(image))
+    # the last moment of what is on its way is the image itself
+    way = np.asarray(Image.open(results.folder / ar[1].folder / "steps.png"))
+    first = tiles(results.folder / ar[1].folder / "images.png", 16)[0]
+    assert np.array_equal(way[:16, -16:], first) and way.shape == (32, 8 * 16, 3)
+
+
+def test_cells_know_their_strength_their_cost_and_why_a_measure_is_missing(weights, tmp_path):
+    results = run(
+        Study(weights, families=("ar", "hybrid"), **{**SMALL, "scales": (0.0, 1.0, 3.0)}),
+        tmp_path / "out",
+        progress=False,
+    )
+    cells = {(own.cell.family, own.cell.s): own for own in results.cells}
+    assert "not run at every step" in cells["ar", 0.0].missing["strength"]
+    assert cells["ar", 1.0].measures["strength"].value == 0
+    assert cells["hybrid", 3.0].measures["strength"].value > 0
+    assert cells["ar", 1.0].measures["rows"].value == 16
+    assert cells["ar", 3.0].measures["rows"].value == 32
+    assert "kid has 20 real images" in cells["ar", 3.0].missing["kid"]
+    assert "codebook" in cells["ar", 3.0].measures
+    assert "codebook" not in cells["hybrid", 3.0].measures
+    trace = cells["ar", 3.0].trace
+    assert len(trace["kl"]) == 16 and trace["scale"] == [3.0] * 16
+    assert sum(trace["kl"]) == pytest.approx(cells["ar", 3.0].measures["strength"].value, rel=1e-4)
+    assert np.sum(trace["places"]) == pytest.approx(sum(trace["kl"]), rel=1e-4)
+    assert trace["progress"][-1] == 1.0 and cells["ar", 1.0].trace["cosine"] == [None] * 16
+    assert results.reference["real images"]["attributes"].value > 0.9
+    wrong = results.reference["shuffled captions"]["attributes"].value
+    assert wrong < results.reference["real images"]["attributes"].value - 0.3
+
+
+def numbers(results: Results) -> dict:
+    return {
+        str(own.cell): {
+            name: e for name, e in own.to_json()["measures"].items() if name != "seconds"
+        }
+        | {"trace": own.to_json()["trace"]}
+        for own in results.cells
+    }
+
+
+def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
+    weights, tmp_path, monkeypatch
+):
+    plan = Study(weights, families=("ar", "flow"), **SMALL)
+    whole = run(plan, tmp_path / "whole", progress=False)
+    finished, real = [], studies._finish
+
+    def stopped(cell, *rest):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        real(cell, *rest)
+        finished.append(cell)
+
+    monkeypatch.setattr(studies, "_finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, tmp_path / "out", progress=False)
+    monkeypatch.setattr(studies, "_finish", real)
+    assert len(Results.load(tmp_path / "out").cells) == 2
+    # a cell that was cut off in the middle of writing counts for nothing
+    broken = tmp_path / "out" / finished[1].folder / "cell.json"
+    broken.write_text(broken.read_text()[:100])
+    drawn, own = [], studies._draw
+    monkeypatch.setattr(
+        studies, "_draw", lambda pipe, *a: drawn.append(pipe.family) or own(pipe, *a)
+    )
+    results = run(plan, tmp_path / "out", progress=False)
+    assert drawn == ["ar", "flow", "flow"]
+    assert numbers(results) == numbers(whole)
+    # more scales: what is there stays
+    more = Study(weights, families=("ar",), **{**SMALL, "scales": (1.0, 2.0, 3.0)})
+    drawn.clear()
+    run(more, tmp_path / "out", progress=False)
+    assert drawn == ["ar"]
+
+
+def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_path):
+    options = ["compare", "--data", prompts, "--weights", weights, "-n", "8", "--draws", "2"]
+    options += ["--scales", "1", "3", "--families", "ar", "flow", "--features", "pixels"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*launch, "-m", "unicfg", *options, "--out", str(tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the report is in") == 1
+    alone = run(
+        Study(
+            weights,
+            prompts,
+            n=8,
+            draws=2,
+            scales=(1.0, 3.0),
+            families=("ar", "flow"),
+            features="pixels",
+        ),
+        tmp_path / "one",
+        progress=False,
+    )
+    both = Results.load(tmp_path / "two")
+    assert [own.cell for own in both.cells] == [own.cell for own in alone.cells]
+    for ours, theirs in zip(both.cells, alone.cells, strict=True):
+        name = f"{ours.cell.folder}/images.png"
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+        strengths = [own.measures["strength"].value for own in (ours, theirs)]
+        assert strengths[0] == pytest.approx(strengths[1], rel=1e-4)
+
+
+def test_a_scale_that_makes_nan_is_reported_and_the_study_goes_on(
+    weights, prompts, tmp_path, capsys
+):
+    sick = tmp_path / "sick"
+    pipeline(family="flow").save_pretrained(sick)
+    broken = pipeline(family="ar")
+    next(iter(broken.network.parameters())).data.fill_(math.nan)
+    broken.save_pretrained(sick)
+    command = ["compare", "--data", prompts, "--weights", str(sick), "-n", "4", "--draws", "0"]
+    out = tmp_path / "out"
+    run_cli([*command, "--features", "pixels", "--scales", "3", "--out", str(out)])
+    said = capsys.readouterr()
+    assert "ar s=3: the model's output holds NaN or +inf at token 0" in said.err
+    assert f"the report is in {out / 'report.html'}" in said.out
+    cells = Results.load(out).cells
+    assert [own.failure is None for own in cells] == [False, True]
+    assert "holds NaN" in (out / "report.html").read_text()
+
+
+def test_a_full_disk_is_an_error_and_finished_cells_stay(weights, tmp_path, monkeypatch):
+    plan, real = Study(weights, families=("ar",), **SMALL), studies.save_picture
+
+    def full(image, file):
+        if "s3" in str(file):
+            raise OSError(f"could not write {file}: No space left on device")
+        return real(image, file)
+
+    monkeypatch.setattr(studies, "save_picture", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(plan, tmp_path / "out", progress=False)
+    assert [own.cell.s for own in Results.load(tmp_path / "out").cells] == [1.0]
+
+
+def test_a_folder_with_something_else_is_refused(weights, tmp_path):
+    plan = Study(weights, families=("ar",), **SMALL)
+    run(plan, tmp_path / "out", progress=False)
+    other = Study(weights, families=("ar",), **{**SMALL, "n": 21})
+    with pytest.raises(ValueError, match=r"holds another study, which differs in n \(20 there, 21"):
+        run(other, tmp_path / "out", progress=False)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no study"):
+        run(plan, tmp_path / "notes", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"families": ("ar", "masked")}, "holds the families ar, flow, hybrid, not masked"),
+        ({"data": "nowhere"}, "data is 'nowhere', expected 'shapes', a folder"),
+        ({"features": "mine"}, "mine"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_drawn(weights, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(Study(weights, **{**SMALL, **changes}), tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").glob("cells/**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n": 0}, "n is 0, expected an int of at least 1"),
+        ({"scales": ()}, "scales is empty"),
+        ({"scales": (1.0, 1.0)}, "none twice"),
+        ({"variants": (Variant("a"), Variant("a", "2*s"))}, "none twice"),
+        ({"variants": (Variant("a b"), Variant("a_b"))}, "none twice"),
+        ({"variants": (Variant("x", scales=(7.0,)),)}, "has the scale 7, expected some of"),
+        ({"variants": (Variant("x", "intervall(s, 0, 1)"),)}, "interval"),
+        ({"variants": (Variant("x", mitigations="rescale(7)"),)}, "rescale"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Study(**values)
+
+
+def test_a_study_is_read_from_yaml_and_from_a_finished_one(weights, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "n: 20\ndraws: 3\nfeatures: pixels\nscales: [1, 3]\nfamilies: [flow]\n"
+        "variants:\n  - {name: plain}\n"
+        '  - {name: decay, scale: "linear(s, 1)", mitigations: "rescale(0.7)", scales: [3]}\n'
+        f"weights: {weights}\n"
+    )
+    plan = read_study(file)
+    decay = Variant("decay", "linear(s, 1)", "rescale(0.7)", (3.0,))
+    assert plan == Study(weights, variants=(Variant(), decay), families=("flow",), **SMALL)
+    run(plan, tmp_path / "out", progress=False)
+    assert read_study(tmp_path / "out" / "study.json") == plan
+    for text, message in (
+        ("m: 3\n", "unknown key 'm'"),
+        ("variants: [{nam: x}]\n", "unknown key 'nam'"),
+        ("- 3\n", "expected a mapping"),
+        ("n: many\n", "n"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_study(file)
+
+
+def test_real_images_show_what_captions_look_like(weights, tmp_path):
+    """Data of one's own: a folder, in which nothing can be read back from the pixels."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    scenes = make_shapes(120, size=16, wrong=0.0, two_objects=0.0)
+    with (folder / "metadata.jsonl").open("w") as file:
+        pictures = to_images(to_float(scenes.images))
+        for i, (caption, picture) in enumerate(zip(scenes.captions, pictures, strict=True)):
+            picture.save(folder / f"{i}.png")
+            line = {"file_name": f"{i}.png", "text": caption, "split": "val" if i % 3 else "train"}
+            file.write(json.dumps(line) + "\n")
+    plan = Study(weights, str(folder), families=("flow",), **{**SMALL, "n": 80})
+    results = run(plan, tmp_path / "out", progress=False)
+    (first, _) = results.cells
+    assert {"caption_top5", "caption_rank", "kid", "precision"} <= first.measures.keys()
+    assert "attributes" not in first.measures
+    real, wrong = (results.reference[k] for k in ("real images", "shuffled captions"))
+    assert real["caption_rank"].value < wrong["caption_rank"].value - 5
+
+
+def test_files_are_json_that_others_can_read(weights, tmp_path):
+    out = tmp_path / "out"
+    run(Study(weights, families=("ar",), **{**SMALL, "scales": (0.0,)}), out, progress=False)
+    for file in out.rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=pytest.fail)
+
+
+def run_cli(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
+def test_the_command_line_says_what_goes_together(prompts, capsys):
+    for arguments, message in (
+        (["compare"], "expected a PROMPT, --data or --study"),
+        (["compare", "a cat", "--data", "shapes"], "PROMPT is 'a cat' with a study"),
+        (["compare", "a cat", "--draws", "3"], "--draws is of a study"),
+        (["compare", "a cat", "--mitigations", "rescale(0.7)"], "--mitigations is of a study"),
+        (["compare", "--study", "none.yaml"], "no study at none.yaml"),
+        (["compare", "--data", "shapes", "--schedules", "linea(s, 1)"], "linear"),
+    ):
+        assert run_cli(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert expand_lists(["compare", "--schedules", "a(s)", "b", "--out", "x"]) == [
+        *["compare", "--schedules", "a(s)", "--schedules", "b", "--out", "x"]
+    ]
+
+
+def test_an_empty_file_of_prompts_is_refused(tmp_path, weights, capsys):
+    (tmp_path / "none.txt").write_text("\n \n")
+    assert run_cli(["compare", "--data", str(tmp_path / "none.txt"), "--weights", weights]) == 2
+    assert "is empty, expected one prompt a line" in capsys.readouterr().err
