@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-hosts bench clean
+.PHONY: demo test test-browser test-hosts bench clean
 
 # The constraints pin the tested set.
 .venv/installed: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ test: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The report and the page of unicfg demo, in a headless Chromium that is there.
+test-browser: .venv/installed-dev
+	$(BIN)/python -m pytest -m browser
 
 # The integrations with other releases of their hosts: the newest, or those in HOSTS="transformers==5.20.0 diffusers==0.36.0".
 HOSTS ?= transformers diffusers

@@ -36,9 +36,9 @@ def vendi(features: Tensor) -> Estimate:
     """Vendi score: the number of images that would differ as much if they had nothing in common.
 
     exp of the entropy of the eigenvalues of K / n, Friedman and Dieng 2022, arXiv 2210.02410, definition 3.1,
-    with K_ij = cosine of features i and j. The features are not centred: around their own mean a set of near copies would
-    count as much as a varied one. Copies have 1, orthogonal features n. With the features ``lite0``, 32 shapes scenes drawn at random have
-    9 and 32 drawings of the same scene 1.2, at average cosines of 0.43 and 0.97.
+    with K_ij = cosine of features i and j. The features are not centred: around their own mean a set of near copies
+    would count as much as a varied one. Copies have 1, orthogonal features n. With the features ``lite0``, 32 shapes
+    scenes drawn at random have 9 and 32 drawings of the same scene 1.2, at average cosines of 0.43 and 0.97.
 
     Args:
         features: (N, F).

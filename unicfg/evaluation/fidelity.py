@@ -28,7 +28,7 @@ def kid(real: Tensor, fake: Tensor) -> Estimate:
     """Kernel distance (KID): squared MMD with the kernel (x . y / F + 1)^3, an unbiased estimate that can be negative.
 
     Bińkowski et al. 2018, arXiv 1801.01401, section 4, by torchmetrics: the mean over 100 random halves, drawn without
-    replacement, of which the estimate from all images is the expectation (that there are 100 adds a tenth of the error).
+    replacement, of which the estimate from all images is the expectation (100 of them add a tenth of the error).
     The spread of halves is the error of the whole (Shao and Wu 1989, delete-d jackknife with d = n / 2). It is right
     for sets that differ, and 1.7 times too large where both are drawn from the same distribution, because there the
     estimate has no linear part; and up to as much where M and N are far from equal, because both halves are of the

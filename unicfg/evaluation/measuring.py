@@ -26,10 +26,10 @@ from unicfg.evaluation.features import Features, extract, find_features
 from unicfg.evaluation.fidelity import fd, kid, neighbourhood
 from unicfg.evaluation.results import Estimate, TooFew
 from unicfg.evaluation.tasks import Task
+from unicfg.evaluation.uncertainty import mean_over_images
 from unicfg.sampling import Trace
 
 EXAMPLES = 2000  # real images with captions, at most, to learn from what captions look like
-CANDIDATES = 256  # captions, at most, among which the right one is looked for
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Measuring:
         self._burn(tally, drawn.images, drawn.ids)
         strength = drawn.trace.strength
         if bool(strength.isfinite().all()):
-            tally.add(("strength",), lambda: _mean(strength))
+            tally.add(("strength",), lambda: mean_over_images("strength", strength))
         else:
             tally.missing["strength"] = "the conditional model was not run at every step"
         count = len(drawn.images)
@@ -150,7 +150,7 @@ class Measuring:
         if self.task.scenes:
             graded = attribute_accuracy(read_scenes(images), self.task.scenes)
             count = len(images)
-            tally.add(("attributes",), lambda: _mean(graded.per_image))
+            tally.add(("attributes",), lambda: mean_over_images("attributes", graded.per_image))
             share = graded.exact
             error = (share * (1 - share) / count) ** 0.5
             tally.measures["whole_scene"] = Estimate(share, error, count)
@@ -220,17 +220,6 @@ class _Captions:
 
     def ranks(self, points: Tensor) -> Tensor:
         return caption_ranks(self.scorer, points, self.right, self.candidates)
-
-
-def _mean(values: Tensor) -> Estimate:
-    """The mean of one number an image (N,).
-
-    Raises:
-        TooFew: if there is one image.
-    """
-    if len(values) < 2:
-        raise TooFew(f"there is {len(values)} image, expected at least 2")
-    return Estimate(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
 
 
 def shown(trace: Trace, side: int) -> dict[str, Any]:

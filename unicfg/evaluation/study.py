@@ -389,6 +389,7 @@ def _open(
         "variants": {own["name"]: own for own in settings["variants"]},
         "prompts": list(task.prompts),
         "open_prompts": list(task.open_prompts),
+        "captions": len(set(task.prompts)),
         "n": study.n,
         "weights": study.weights,
         "families_settings": {family: settings_of(pipe) for family, pipe in pipes.items()},

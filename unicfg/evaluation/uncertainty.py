@@ -63,8 +63,8 @@ def jackknife(replicates: Tensor, n: int, kept: int) -> float:
     """Standard error of a statistic of n rows from its values (G,) without each of G groups.
 
     Delete-a-group jackknife: sqrt(kept^2 / (n (n - kept) (G - 1)) * sum (value - mean)^2), where the groups make up
-    all rows sqrt((G - 1) / G * sum (value - mean)^2); for a mean without one row at a time it is exactly s / sqrt(n) (Efron and
-    Tibshirani 1993, "An Introduction to the Bootstrap", eq. 11.5; Shao and Wu 1989, "A General Theory for
+    all rows sqrt((G - 1) / G * sum (value - mean)^2). For a mean without one row at a time it is exactly s / sqrt(n)
+    (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", eq. 11.5; Shao and Wu 1989, "A General Theory for
     Jackknife Variance Estimation").
 
     Args:
