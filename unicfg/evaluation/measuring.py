@@ -101,7 +101,9 @@ class Measuring:
         self._diversity(tally, drawn.opened)
         self._fidelity(tally, points)
         self._burn(tally, drawn.images, drawn.ids)
-        strength = drawn.trace.strength
+        entropy, strength = drawn.trace.entropy.mean(0), drawn.trace.strength
+        if drawn.ids is not None:
+            tally.add(("entropy",), lambda: mean_over_images("entropy", entropy))
         if bool(strength.isfinite().all()):
             tally.add(("strength",), lambda: mean_over_images("strength", strength))
         else:

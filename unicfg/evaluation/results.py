@@ -78,6 +78,7 @@ MEASURES: Mapping[str, About] = {
     "clipped": About("clipped pixels", "burn", 0, 100, "%", 1),
     "chroma": About("chroma", "burn", 0, 100, "%", 1),
     "contrast": About("contrast", "burn", 0, 100, "%", 1),
+    "entropy": About("entropy of the guided softmax", "burn", 0, 1, "nats a token"),
     "codebook": About("codebook used", "burn", 0, 100, "%", 1),
     "repetition": About("tokens like their neighbour", "burn", 0, 100, "%", 1),
     "strength": About("KL(guided || cond)", "strength", 0, 1, "nats an image"),

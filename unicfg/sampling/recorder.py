@@ -43,7 +43,7 @@ class Trace:
         kl: of the guided step from the conditional one, in nats (S, B). Tokens: of the guided softmax, before
             temperature and filters. Latents: of the ancestral step to the next noise level, whatever the solver,
             (SNR' - SNR) / 2 * ||x0_guided - x0_cond||^2 (Kingma et al., arXiv 2107.00630, equation 13), and NaN at the
-            last step, which has no noise left.
+            last step, which has no noise left. It grows where the last but one level has less noise.
         entropy: of the guided softmax in nats, mean over the tokens drawn (S, B).
         cosine: of the angle between conditional and unconditional output (S, B).
         saturation: tokens: probability of the likeliest one, mean over those drawn; latents: root mean square of the
