@@ -1,0 +1,351 @@
+"""What the page draws with: the same images as a plain call, frame by frame, whoever else is drawing."""
+
+import ast
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import CAPTIONS, FAMILIES, pipeline
+
+from unicfg import Guidance
+from unicfg.demo import cards
+from unicfg.demo.drawing import (
+    MITIGATIONS_LENGTH,
+    MOST_IMAGES,
+    MOST_SEED,
+    PREVIEWS,
+    PROMPT_LENGTH,
+    Frame,
+    Request,
+    code,
+    draw,
+)
+from unicfg.guidance import mitigations
+from unicfg.guidance.schedules import interval
+
+PIPES = {family: pipeline(family=family) for family in FAMILIES}
+EVERY = Request(CAPTIONS[0], tuple(FAMILIES), seed=3, count=2)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def finished(request, pipes=PIPES):
+    """The images of each family, by their last frames."""
+    return {frame.family: pixels(frame.images) for frame in draw(pipes, request) if frame.finished}
+
+
+def test_frames_lead_to_what_a_plain_call_draws():
+    frames = list(draw(PIPES, EVERY))
+    assert list(dict.fromkeys(frame.family for frame in frames)) == FAMILIES
+    for family, pipe in PIPES.items():
+        own = [frame for frame in frames if frame.family == family]
+        shares = [frame.progress for frame in own]
+        assert shares == sorted(set(shares)) and shares[-1] == 1.0 and 4 <= len(own) <= PREVIEWS
+        assert [frame.finished for frame in own] == [False] * (len(own) - 1) + [True]
+        assert all(len(frame.images) == 2 and frame.failure is None for frame in own)
+        alone = pipe([CAPTIONS[0]] * 2, seeds=[3, 4], guidance=Guidance(3.0))
+        assert np.array_equal(pixels(own[-1].images), pixels(alone))
+        # what is on its way is another picture, and no two are alike at its start and its end
+        assert not np.array_equal(pixels(own[0].images), pixels(own[-1].images))
+
+
+def test_a_preview_is_what_the_sampler_has_at_that_step():
+    seen = []
+    pipe = PIPES["masked"]
+    pipe(
+        [CAPTIONS[0]],
+        seeds=[0],
+        guidance=Guidance(3.0),
+        callback=lambda step: seen.append(pipe.preview(step)),
+    )
+    first = next(draw(PIPES, Request(CAPTIONS[0], ("masked",))))
+    expected = ((seen[1][0] + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    assert first.progress == 2 / 16
+    assert np.array_equal(pixels(first.images)[0], expected.permute(1, 2, 0).numpy())
+    grey = (pixels(first.images)[0] == 128).all(-1)
+    assert grey.mean() > 0.5  # 14 of 16 tokens are not drawn yet
+
+
+def test_s_interval_and_mitigations_reach_the_sampler():
+    request = Request(
+        CAPTIONS[0],
+        ("ar", "flow"),
+        s=9.0,
+        start=0.25,
+        end=0.75,
+        logits="kl_trust_region(0.3)",
+        denoisers="tcfg + rescale(0.7)",
+        seed=2,
+    )
+    within = interval(9.0, 0.25, 0.75)
+    guidances = {
+        "ar": Guidance(within, (mitigations.kl_trust_region(0.3),)),
+        "flow": Guidance(within, (mitigations.tcfg(), mitigations.rescale(0.7))),
+    }
+    drawn = finished(request)
+    for family, guidance in guidances.items():
+        read = request.guidance(family)
+        assert (read.scale, read.mitigations) == (guidance.scale, guidance.mitigations)
+        alone = PIPES[family]([CAPTIONS[0]], seeds=[2], guidance=guidance)
+        assert np.array_equal(drawn[family], pixels(alone))
+    for changes in ({"start": 0.0, "end": 1.0}, {"logits": "", "denoisers": ""}):
+        other = finished(replace(request, **changes))
+        assert all(not np.array_equal(drawn[family], other[family]) for family in drawn)
+
+
+def test_requests_at_once_do_not_disturb_each_other():
+    requests = [EVERY, replace(EVERY, prompt=CAPTIONS[2], s=6.0, seed=40, start=0.3)]
+    alone = [finished(request) for request in requests]
+    together = [draw(PIPES, request) for request in requests]
+    drawn = [{}, {}]
+    running = {0, 1}
+    while running:
+        for k in list(running):
+            frame = next(together[k], None)
+            if frame is None:
+                running.remove(k)
+            elif frame.finished:
+                drawn[k][frame.family] = pixels(frame.images)
+    for one, other in zip(alone, drawn, strict=True):
+        assert one.keys() == other.keys() == set(FAMILIES)
+        assert all(np.array_equal(one[family], other[family]) for family in FAMILIES)
+
+
+def test_no_random_state_is_touched():
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    list(draw(PIPES, replace(EVERY, count=1)))
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+class Counted:
+    """A pipeline that counts its steps, and waits for leave before each but the first two."""
+
+    def __init__(self, pipe):
+        self.pipe, self.family, self.steps, self.leave = pipe, pipe.family, 0, threading.Event()
+
+    def num_steps(self):
+        return self.pipe.num_steps()
+
+    def preview(self, step):
+        return self.pipe.preview(step)
+
+    def __call__(self, prompts, *, callback, **named):
+        def counted(step):
+            self.steps += 1
+            callback(step)
+            if self.steps >= 2:
+                assert self.leave.wait(20)
+
+        return self.pipe(prompts, callback=counted, **named)
+
+
+def samplers():
+    return [thread for thread in threading.enumerate() if thread.name == "unicfg-demo"]
+
+
+def test_nobody_waiting_stops_the_sampler():
+    slow, never = Counted(PIPES["ar"]), Counted(PIPES["flow"])
+    frames = draw({"ar": slow, "flow": never}, Request(CAPTIONS[0], ("ar", "flow")))
+    assert next(frames).progress == 2 / 16
+    (thread,) = samplers()
+    frames.close()
+    slow.leave.set()
+    thread.join(20)
+    assert not thread.is_alive() and slow.steps == 3 and never.steps == 0
+
+
+def test_no_thread_is_started_before_the_first_frame_is_wanted_and_none_is_left():
+    frames = draw(PIPES, replace(EVERY, families=("ar",)))
+    assert not samplers()
+    frames.close()
+    list(draw(PIPES, replace(EVERY, families=("ar",))))
+    until = time.monotonic() + 10
+    while samplers() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not samplers()
+
+
+class Broken(Counted):
+    """A pipeline that fails at its third step."""
+
+    def __init__(self, pipe, error):
+        super().__init__(pipe)
+        self.error = error
+
+    def __call__(self, prompts, *, callback, **named):
+        def broken(step):
+            callback(step)
+            if step.index == 2:
+                raise self.error
+
+        return self.pipe(prompts, callback=broken, **named)
+
+
+def test_what_fails_says_so_in_its_place_and_the_others_go_on(caplog):
+    pipes = PIPES | {
+        "masked": Broken(PIPES["masked"], FloatingPointError("the logits are not finite")),
+        "flow": Broken(PIPES["flow"], RuntimeError("/home/someone/secret.py, line 3")),
+    }
+    last = {frame.family: frame for frame in draw(pipes, EVERY) if frame.finished}
+    assert last["masked"].failure == "the logits are not finite" and not last["masked"].images
+    # what a visitor can do nothing about is for the log
+    assert "log" in last["flow"].failure and "secret" not in last["flow"].failure
+    assert "secret.py" in caplog.text and "logits are not finite" not in caplog.text
+    plain = finished(EVERY)
+    for family in ("ar", "diffusion", "hybrid"):
+        assert np.array_equal(pixels(last[family].images), plain[family])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": "x" * (PROMPT_LENGTH + 1)}, "has 301 characters, expected at most 300"),
+        ({"prompt": "a \ud800"}, "half a character"),
+        ({"families": ()}, "families are none"),
+        ({"families": ("ar", "ar")}, "none twice"),
+        ({"families": ("gan",)}, "The family is gan, expected one of ar, masked"),
+        ({"s": 50.5}, "s is 50.5, expected a number from -20 to 50"),
+        ({"s": -21.0}, "s is -21.0"),
+        ({"s": float("nan")}, "s is nan"),
+        ({"s": None}, "s is None"),
+        ({"s": "3"}, "s is 3"),
+        ({"start": -0.1}, "start of the interval is -0.1"),
+        ({"end": 1.1}, "end of the interval is 1.1"),
+        ({"start": 0.7, "end": 0.3}, "starts at 0.7 and ends at 0.3"),
+        ({"seed": -1}, "seed is -1, expected a whole number from 0"),
+        ({"seed": MOST_SEED + 1}, "seed is 4294967296"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": True}, "seed is True"),
+        ({"count": 0}, "images is 0, expected a whole number from 1 to 4"),
+        ({"count": MOST_IMAGES + 1}, "images is 5"),
+        ({"count": 1.5}, "images is 1.5"),
+        ({"logits": "kl_scale" + " " * MITIGATIONS_LENGTH}, "have 208 characters"),
+        ({"logits": "kl_scael"}, "expected kl_scale"),
+        ({"logits": "rescale(0.7)"}, "works on v"),
+        ({"denoisers": "kl_scale"}, "works on logits"),
+        ({"denoisers": "__import__('os').getcwd()"}, "mitigations"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_drawn(changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw(PIPES, replace(EVERY, **changes))
+    assert not samplers()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "x" * PROMPT_LENGTH},
+        {"prompt": "</script> 🐯 \x00"},
+        {"s": 50},
+        {"s": -20.0},
+        {"start": 0.5, "end": 0.5},
+        {"seed": MOST_SEED},
+        {"count": MOST_IMAGES},
+    ],
+)
+def test_the_limits_themselves_are_drawn(changes):
+    request = replace(EVERY, families=("masked",), **changes)
+    assert len(finished(request)["masked"]) == request.count
+
+
+def test_the_mitigations_of_families_that_are_not_drawn_are_not_asked_for():
+    assert finished(Request(CAPTIONS[0], ("ar",), denoisers="kl_scale")).keys() == {"ar"}
+
+
+def run_code(lines, tmp_path):
+    """Run code where the weights "tiny" are a folder; returns what it calls ``images``."""
+    held = {}
+    exec(compile(lines, str(tmp_path / "call.py"), "exec"), held)
+    return pixels(held["images"])
+
+
+@pytest.mark.parametrize("family", ["ar", "flow"])
+def test_the_code_draws_the_same_images(family, tmp_path, monkeypatch):
+    PIPES[family].save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    plain = Request(CAPTIONS[0], (family,))
+    full = replace(
+        plain,
+        prompt='a "red"\\ circle\n\u2028 in 3d',
+        s=7.5,
+        start=0.2,
+        end=0.8,
+        logits="kl_trust_region(0.3) + kl_scale",
+        denoisers="apg(0, inf, -0.5)",
+        seed=11,
+        count=3,
+    )
+    for request in (plain, full):
+        lines = code(request, "tiny", family)
+        assert np.array_equal(run_code(lines, tmp_path), finished(request)[family])
+    assert code(plain, "tiny", family) == (
+        "from models import TextToImage\nfrom unicfg import Guidance\n\nguidance = Guidance(3.0)\n"
+        f'pipe = TextToImage.from_pretrained("tiny", family="{family}")\n'
+        'prompts = ["a red circle"]\nimages = pipe(prompts, seeds=[0], guidance=guidance)\n'
+    )
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+@settings(max_examples=200)
+def test_a_prompt_in_the_code_is_that_prompt_and_nothing_else(prompt):
+    tree = ast.parse(code(Request(prompt, ("ar",)), "shapes", "ar"))
+    (assigned,) = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "prompts"
+    ]
+    assert ast.literal_eval(assigned.value) == [prompt] and len(tree.body) == 6
+
+
+def test_cards_show_hard_pixels_and_text_as_text():
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    big = pixels([cards.enlarged(image)])[0]
+    assert big.shape == (256, 256, 3)
+    assert np.array_equal(big[::64, ::64], pixels([image])[0])
+    assert (big[:64, :64] == big[0, 0]).all()
+    assert cards.enlarged(Image.new("RGB", (512, 300))).size == (512, 300)
+    frames = {1.0: Frame("ar", (image,), 0.5), 3.0: Frame("ar", (), 1.0, True, "<i>NaN</i> & so")}
+    shown = cards.card("ar", 1, frames)
+    assert "&lt;i&gt;NaN&lt;/i&gt; &amp; so" in shown and "<i>" not in shown
+    assert 'value="0.750"' in shown and 'data-finished="0"' in shown
+    assert shown.index("s = 1") < shown.index("s = 3") and shown.count("<img") == 1
+    entry = cards.Entry(replace(EVERY, prompt='<img src="x" onerror="y">', logits="kl_scale"), ())
+    assert "<img" not in cards.strip([entry]) and "kl_scale" in cards.strip([entry])
+
+
+def test_the_program_can_end_in_the_middle_of_a_drawing():
+    script = (
+        "import test_demo as own\n"
+        "frames = own.draw(own.PIPES, own.replace(own.EVERY, count=4))\nnext(frames)\nprint('begun')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
+
+
+def test_drawing_needs_no_gradio_and_the_page_says_what_to_install():
+    script = (
+        "import sys; sys.modules['gradio'] = None\nimport unicfg.demo.drawing\n"
+        "try:\n    import unicfg.demo.page\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pip install 'unicfg[demo]'" in done.stdout, done.stderr
