@@ -156,18 +156,27 @@ def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
 def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_path):
     options = ["compare", "--data", prompts, "--weights", weights, "-n", "8", "--draws", "2"]
     options += ["--scales", "1", "3", "--families", "ar", "flow", "--features", "pixels"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import os, sys\n"
+        "from unicfg.cli import main\n"
+        "from unicfg.evaluation import study\n"
+        "drawn, real = [], study._draw\n"
+        "study._draw = lambda *a: drawn.append(a) or real(*a)\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print(f'\\nrank {os.environ[\"RANK\"]} drew {len(drawn)}', flush=True)\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
-        [*launch, "-m", "unicfg", *options, "--out", str(tmp_path / "two")],
-        env=environment,
+        [sys.executable, *launch, *options, "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the report is in") == 1
+    assert {"rank 0 drew 2", "rank 1 drew 2"} <= set(done.stdout.splitlines())
     alone = run(
         Study(
             weights,

@@ -222,7 +222,7 @@ def compare(
     """Draw one prompt with every family at every scale, or make a whole study with a report.
 
     A study draws and measures a grid of families, scales, schedules and mitigations over many prompts, goes on where
-    it was stopped, and shares its cells among the processes of accelerate launch.
+    it was stopped, and shares its cells among the processes of torchrun or accelerate launch.
     """
     axes = {"scales": scales, "families": families, "weights": weights, "n": n, "seed": seed}
     more = {"data": data, "draws": draws, "features": features}

@@ -160,7 +160,7 @@ def read_study(file: Path | str) -> Study:
 def run(study: Study, out: Path | str, *, command: str = "", progress: bool = True) -> Results:
     """Draw and measure every cell that is not there yet.
 
-    Started by ``accelerate launch``, the processes share the cells, and the first one waits for the others.
+    Started by ``torchrun`` or ``accelerate launch``, the processes share the cells, and the first one waits for the others.
 
     Args:
         study: what to do.
@@ -179,8 +179,8 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
     """
     from accelerate import PartialState
 
-    # one process may be done long before another
-    state = PartialState(timeout=timedelta(days=7))
+    # one process may be done long before another; without cpu= it takes no notice of the others where there is no GPU
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     out = Path(out)
     families = study.families or tuple(held_families(study.weights))
     pipes = {family: TextToImage.from_pretrained(study.weights, family) for family in families}
