@@ -169,6 +169,14 @@ class TextToImage:
         return network
 
     @property
+    def space(self) -> str:
+        """What guidance combines: "logits", or the space that the denoiser or the hybrid's head predicts in."""
+        network = self.network
+        if isinstance(network, HybridTransformer):
+            return network.head.space
+        return network.space if isinstance(network, LatentDenoiser) else "logits"
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.tokenizer.latent_mean.device

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from unicfg.demo.drawing import (
 )
 from unicfg.guidance import mitigations
 from unicfg.guidance.schedules import interval
+from unicfg.guidance.spelling import read_guidance
 
 PIPES = {family: pipeline(family=family) for family in FAMILIES}
 EVERY = Request(CAPTIONS[0], tuple(FAMILIES), seed=3, count=2)
@@ -95,7 +96,7 @@ def test_s_interval_and_mitigations_reach_the_sampler():
     }
     drawn = finished(request)
     for family, guidance in guidances.items():
-        read = request.guidance(family)
+        read = request.guidance(PIPES[family].space)
         assert (read.scale, read.mitigations) == (guidance.scale, guidance.mitigations)
         alone = PIPES[family]([CAPTIONS[0]], seeds=[2], guidance=guidance)
         assert np.array_equal(drawn[family], pixels(alone))
@@ -133,7 +134,8 @@ class Counted:
     """A pipeline that counts its steps, and waits for leave before each but the first two."""
 
     def __init__(self, pipe):
-        self.pipe, self.family, self.steps, self.leave = pipe, pipe.family, 0, threading.Event()
+        self.pipe, self.family, self.space = pipe, pipe.family, pipe.space
+        self.steps, self.leave = 0, threading.Event()
 
     def num_steps(self):
         return self.pipe.num_steps()
@@ -211,9 +213,17 @@ def test_what_fails_says_so_in_its_place_and_the_others_go_on(caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"prompt": None}, "The prompt is None, expected text"),
+        ({"prompt": ["a circle"]}, r"The prompt is \['a circle'\], expected text"),
+        ({"prompt": b"a circle"}, "The prompt is b'a circle', expected text"),
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": "x" * (PROMPT_LENGTH + 1)}, "has 301 characters, expected at most 300"),
         ({"prompt": "a \ud800"}, "half a character"),
+        ({"families": None}, "families are None, expected a tuple of names"),
+        ({"families": "ar"}, "families are 'ar', expected a tuple"),
+        ({"families": {"ar": 1}}, "families are {'ar': 1}, expected a tuple"),
+        ({"families": ("ar", 5)}, r"families are \('ar', 5\), expected a tuple of names"),
+        ({"families": ("ar", ["ar"])}, "expected a tuple of names"),
         ({"families": ()}, "families are none"),
         ({"families": ("ar", "ar")}, "none twice"),
         ({"families": ("gan",)}, "The family is gan, expected one of ar, masked"),
@@ -221,7 +231,8 @@ def test_what_fails_says_so_in_its_place_and_the_others_go_on(caplog):
         ({"s": -21.0}, "s is -21.0"),
         ({"s": float("nan")}, "s is nan"),
         ({"s": None}, "s is None"),
-        ({"s": "3"}, "s is 3"),
+        ({"s": "3"}, "s is '3', expected a number"),
+        ({"s": [3.0]}, r"s is \[3.0\], expected a number"),
         ({"start": -0.1}, "start of the interval is -0.1"),
         ({"end": 1.1}, "end of the interval is 1.1"),
         ({"start": 0.7, "end": 0.3}, "starts at 0.7 and ends at 0.3"),
@@ -229,10 +240,17 @@ def test_what_fails_says_so_in_its_place_and_the_others_go_on(caplog):
         ({"seed": MOST_SEED + 1}, "seed is 4294967296"),
         ({"seed": None}, "seed is None"),
         ({"seed": True}, "seed is True"),
+        ({"seed": 3.0}, "seed is 3.0, expected a whole number"),
+        ({"seed": {"a": "x" * 1000}}, r"seed is \{'a': 'x+\.\.\.x+'\}, expected"),
+        ({"start": "0"}, "start of the interval is '0'"),
+        ({"end": None}, "end of the interval is None"),
         ({"count": 0}, "images is 0, expected a whole number from 1 to 4"),
         ({"count": MOST_IMAGES + 1}, "images is 5"),
         ({"count": 1.5}, "images is 1.5"),
         ({"logits": "kl_scale" + " " * MITIGATIONS_LENGTH}, "have 208 characters"),
+        ({"logits": None}, "mitigations is None, expected text"),
+        ({"denoisers": ["rescale(0.7)"]}, r"mitigations is \['rescale\(0.7\)'\], expected text"),
+        ({"denoisers": 5}, "mitigations is 5, expected text"),
         ({"logits": "kl_scael"}, "expected kl_scale"),
         ({"logits": "rescale(0.7)"}, "works on v"),
         ({"denoisers": "kl_scale"}, "works on logits"),
@@ -243,6 +261,26 @@ def test_bad_requests_are_refused_before_anything_is_drawn(changes, message):
     with pytest.raises(ValueError, match=message):
         draw(PIPES, replace(EVERY, **changes))
     assert not samplers()
+
+
+wrong = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=3) | st.text(),
+    lambda own: st.lists(own, max_size=2) | st.dictionaries(st.text(max_size=2), own, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from([own.name for own in fields(Request)]), wrong, min_size=1))
+@settings(max_examples=300)
+def test_whatever_is_asked_for_is_refused_in_text_or_can_be_shown(changes):
+    request = replace(EVERY, **changes)
+    try:
+        request.check()
+    except ValueError as error:
+        str(error).encode()  # half a character could not be sent
+        assert str(error).endswith(".") and len(str(error)) < 300
+    else:
+        assert cards.strip([cards.Entry(request, ())])
 
 
 @pytest.mark.parametrize(
@@ -264,6 +302,21 @@ def test_the_limits_themselves_are_drawn(changes):
 
 def test_the_mitigations_of_families_that_are_not_drawn_are_not_asked_for():
     assert finished(Request(CAPTIONS[0], ("ar",), denoisers="kl_scale")).keys() == {"ar"}
+
+
+def test_which_mitigations_fit_is_for_the_pipeline_to_say_and_not_for_its_name():
+    pipes = {"tokens": PIPES["ar"], "latents": PIPES["diffusion"]}
+    request = Request(CAPTIONS[0], tuple(pipes), logits="kl_scale", denoisers="rescale(0.7)")
+    drawn = finished(request, pipes)
+    assert drawn.keys() == {"ar", "diffusion"}
+    for family, text in (("ar", "kl_scale"), ("diffusion", "rescale(0.7)")):
+        guidance = read_guidance("3.0", 3.0, text)
+        alone = PIPES[family]([CAPTIONS[0]], seeds=[0], guidance=guidance)
+        assert np.array_equal(drawn[family], pixels(alone))
+        assert text in code(request, "tiny", PIPES[family])
+    for changes in ({"logits": "rescale(0.7)"}, {"denoisers": "kl_scale"}):
+        with pytest.raises(ValueError, match="works on"):
+            draw(pipes, replace(request, **changes))
 
 
 def run_code(lines, tmp_path):
@@ -290,9 +343,9 @@ def test_the_code_draws_the_same_images(family, tmp_path, monkeypatch):
         count=3,
     )
     for request in (plain, full):
-        lines = code(request, "tiny", family)
+        lines = code(request, "tiny", PIPES[family])
         assert np.array_equal(run_code(lines, tmp_path), finished(request)[family])
-    assert code(plain, "tiny", family) == (
+    assert code(plain, "tiny", PIPES[family]) == (
         "from models import TextToImage\nfrom unicfg import Guidance\n\nguidance = Guidance(3.0)\n"
         f'pipe = TextToImage.from_pretrained("tiny", family="{family}")\n'
         'prompts = ["a red circle"]\nimages = pipe(prompts, seeds=[0], guidance=guidance)\n'
@@ -302,7 +355,7 @@ def test_the_code_draws_the_same_images(family, tmp_path, monkeypatch):
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 @settings(max_examples=200)
 def test_a_prompt_in_the_code_is_that_prompt_and_nothing_else(prompt):
-    tree = ast.parse(code(Request(prompt, ("ar",)), "shapes", "ar"))
+    tree = ast.parse(code(Request(prompt, ("ar",)), "shapes", PIPES["ar"]))
     (assigned,) = [
         node
         for node in tree.body

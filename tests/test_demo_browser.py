@@ -1,8 +1,10 @@
 """The page in a real browser, served by a process of its own as ``unicfg demo`` serves it."""
 
 import base64
+import html
 import io
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +12,6 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,8 @@ from tiny import CAPTIONS, pipeline
 
 from unicfg import Guidance
 
-pytest.importorskip("gradio", reason="the page is the extra 'demo'")
-httpx = pytest.importorskip("httpx")  # comes with gradio
-CHROMIUM = Path("/usr/bin/chromium")
-needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason="needs a Chromium")
-pytestmark = [pytest.mark.browser, needs_chromium]
+# gradio, httpx, which comes with it, and playwright are imported where they are needed: without the marker none is
+pytestmark = pytest.mark.browser
 
 FAMILIES = ["ar", "masked", "flow"]
 SERVE = (
@@ -67,9 +65,13 @@ def server(pipes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.fail("found neither chromium nor chromium-browser: these tests need one of them")
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -353,8 +355,10 @@ def test_it_listens_on_one_local_address_and_no_other(server):
         socket.create_connection(("127.0.0.2", port), 5)
 
 
-def join_queue(server, number):
-    """Ask for a drawing as the page does; returns the session to hear of it."""
+def join_queue(server, number, changes=()):
+    """Ask for a drawing as the page does, or with other values in places; returns the session to hear of it."""
+    import httpx
+
     config = httpx.get(server[0] + "config").json()
     (button,) = [own["id"] for own in config["components"] if own["props"].get("elem_id") == "draw"]
     (drawing,) = [
@@ -362,14 +366,18 @@ def join_queue(server, number):
     ]
     session = uuid.uuid4().hex
     data = [f"prompt {number}", FAMILIES, 3.0, 0, 1, "", "", number, 1, False, "ar", None]
+    for place, value in dict(changes).items():
+        data[place] = value
     asked = {"data": data, "fn_index": drawing, "session_hash": session}
     httpx.post(server[0] + "gradio_api/queue/join", json=asked).raise_for_status()
     return session
 
 
-def visit(server, number):
+def visit(server, number, changes=()):
     """All that a visitor hears of a drawing."""
-    session, heard = join_queue(server, number), []
+    import httpx
+
+    session, heard = join_queue(server, number, changes), []
     address, timeout = server[0] + "gradio_api/queue/data", httpx.Timeout(120)
     with httpx.stream("GET", address, params={"session_hash": session}, timeout=timeout) as answer:
         for line in answer.iter_lines():
@@ -390,6 +398,25 @@ def test_twenty_visitors_at_once_get_pictures_or_a_place_in_the_queue(server):
         assert "data:image/png" in json.dumps(heard)
         assert f"prompt {number}" in json.dumps(heard)
     assert max(places) >= 10  # they did wait for each other
+    assert "Traceback" not in server[2].read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: None}, "The prompt is None, expected text."),
+        ({1: {}}, "The families are {}, expected a tuple of names."),
+        ({1: ""}, "expected a tuple of names."),
+        ({5: ["kl_scale"]}, "mitigations is ['kl_scale'], expected text."),
+        ({6: {"a": 1}}, "mitigations is {'a': 1}, expected text."),
+        ({7: None}, "The seed is None, expected a whole number"),
+        ({8: 1.5}, "The number of images is 1.5, expected a whole number"),
+    ],
+)
+def test_whatever_is_posted_is_refused_in_a_sentence(server, changes, message):
+    heard = visit(server, 0, changes)[-1]
+    assert heard["msg"] == "process_completed" and heard["success"], heard
+    assert message in html.unescape(json.dumps(heard))
     assert "Traceback" not in server[2].read_text()
 
 

@@ -15,12 +15,19 @@ from tokenizers_vq import to_float
 from unicfg.evaluation import fidelity
 from unicfg.evaluation.attributes import Reading, Seen, read_scenes
 from unicfg.evaluation.burn import chroma, clipped, codebook, contrast, repetition
-from unicfg.evaluation.diversity import OPEN, distance, open_entropy, vendi, within_prompts
+from unicfg.evaluation.diversity import (
+    OPEN,
+    distance,
+    open_entropy,
+    readable,
+    vendi,
+    within_prompts,
+)
 from unicfg.evaluation.features import IMAGENET_MEAN, IMAGENET_STD, extract, find_features, lite0
 from unicfg.evaluation.features import pixels as small_pixels
 from unicfg.evaluation.fidelity import fd, kid, neighbourhood
 from unicfg.evaluation.results import Estimate, TooFew
-from unicfg.evaluation.uncertainty import jackknife, leave_out
+from unicfg.evaluation.uncertainty import jackknife, leave_out, mean_over_images, share
 from unicfg.training.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, make_shapes
 
 
@@ -86,6 +93,34 @@ def test_groups_are_of_one_size_and_rows_left_over_do_not_bias_the_error():
         values = noise(26, seed=seed)
         squares.append(jackknife(torch.stack([values[own].mean() for own in kept]), 26, 22) ** 2)
     assert np.mean(squares) == pytest.approx(1 / 26, rel=0.1)
+
+
+def test_a_share_has_an_error_even_of_none_and_of_all():
+    assert share("right", 3, 16) == Estimate(
+        3 / 16, pytest.approx((4 / 18 * 14 / 18 / 16) ** 0.5), 16
+    )
+    error = pytest.approx((0.01 * 0.99 / 98) ** 0.5)
+    assert share("right", 0, 98) == Estimate(0.0, error, 98)
+    assert share("right", 98, 98) == Estimate(1.0, error, 98)
+
+
+@given(n=st.integers(16, 500), chosen=st.integers(0, 500))
+def test_the_error_of_a_share_is_that_of_a_mean_of_ones_and_noughts(n, chosen):
+    right = min(chosen, n)
+    own, other = share("right", right, n), share("right", n - right, n)
+    assert own.error == pytest.approx(other.error)  # what is counted may be called right or wrong
+    ones = torch.tensor([1.0] * right + [0.0] * (n - right), dtype=torch.float64)
+    mean = mean_over_images("right", ones)
+    assert own.value == pytest.approx(mean.value) and own.n == mean.n
+    # of one more of each, the ordinary formula
+    padded = torch.cat([ones, torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    assert own.error == pytest.approx(float(padded.std(correction=0)) / n**0.5)
+
+
+@pytest.mark.parametrize(("right", "n"), [(-1, 16), (17, 16)])
+def test_a_share_is_of_something(right, n):
+    with pytest.raises(ValueError, match=f"right is {right}, expected 0 to n = 16"):
+        share("right", right, n)
 
 
 # --- features
@@ -535,16 +570,67 @@ def test_entropy_of_pictures_falls_as_they_collapse(scenes):
     assert 1.7 < values[0] < 2 and values[0] > values[1] > values[2] == 0
 
 
-def test_entropy_refuses_what_it_does_not_know():
+def test_readable_by_hand():
+    seen = [reading("white")] * 12 + [reading(None, size=None)] * 4 + [Reading("white", ())] * 16
+    prompts = ["a"] * 16 + ["b"] * 16
+    opened = {"a": ("background", "shape", "size"), "b": ("background", "colour")}
+    # 12, 16, 12 and 16, 0 of 16, in 5 pairs; those of "b" do not vary, and 2 of 3 of "a" go together
+    assert readable(seen, prompts, opened) == Estimate(
+        pytest.approx(56 / 16 / 5), pytest.approx(2 * (1 / 4 * 3 / 4 / 15) ** 0.5 / 5), 32
+    )
+    assert readable(seen, prompts, {"b": ("colour",)}) == share("readable", 16, 16)._replace(
+        value=0.0
+    )
+    assert readable(seen, prompts, {"b": ("background",)}) == share("readable", 16, 16)
+
+
+def test_readable_tells_unreadable_pictures_from_alike_ones():
+    opened, prompts = {"a": ("shape", "size")}, ["a"] * 16
+    alike, empty = [reading("white")] * 16, [Reading("white", ())] * 16
+    for readings, expected in ((alike, 1.0), (empty, 0.0)):
+        assert open_entropy(readings, prompts, opened).value == pytest.approx(0, abs=1e-12)
+        assert readable(readings, prompts, opened).value == expected
+    # entropy is the share that could be read times the entropy of what was read
+    some = [reading("white", shape=s) for s in ("circle", "star")] * 8 + [Reading("white", ())] * 16
+    bits = open_entropy(some, ["a"] * 32, {"a": ("shape",)}).value
+    assert bits == pytest.approx(readable(some, ["a"] * 32, {"a": ("shape",)}).value * 1)
+
+
+@pytest.mark.parametrize(("p", "least", "most"), [(0.5, 1 / 1.25, 1.25), (0.97, 1 / 1.25, 1.6)])
+def test_the_error_of_readable_is_that_of_repeated_draws(p, least, most):
+    prompts = [prompt for prompt in OPEN for _ in range(16)]
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        # an object that is not found takes all that is asked of it away
+        seen = [reading("white") if rng.random() < p else Reading("white", ()) for _ in prompts]
+        return readable(seen, prompts, OPEN)
+
+    found = [draw(seed) for seed in range(150)]
+    assert least < ratio(found) < most
+    assert np.mean([own.value for own in found]) == pytest.approx((1 + 2 * p) / 3, abs=0.02)
+
+
+def test_one_prompt_with_few_images_is_not_sure_because_another_has_many():
+    prompts = ["a"] * 16 + ["b"] * 400
+    found = readable([reading("white")] * 416, prompts, {"a": ("size",), "b": ("size",)})
+    assert found == Estimate(1.0, share("readable", 32, 32).error, 416)
+
+
+@pytest.mark.parametrize("measure", [open_entropy, readable])
+def test_measures_of_what_is_open_refuse_what_they_do_not_know(measure):
     seen = [reading("white")] * 16
     with pytest.raises(ValueError, match="16 readings and 15 prompts"):
-        open_entropy(seen, ["a"] * 15, {"a": ("size",)})
+        measure(seen, ["a"] * 15, {"a": ("size",)})
     with pytest.raises(ValueError, match="'texture', expected one of background"):
-        open_entropy(seen, ["a"] * 16, {"a": ("texture",)})
-    with pytest.raises(ValueError, match="no attributes"):
-        open_entropy(seen, ["a"] * 16, {})
-    with pytest.raises(TooFew, match="'b' has 0 images, expected at least 16"):
-        open_entropy(seen, ["a"] * 16, {"a": ("size",), "b": ("size",)})
+        measure(seen, ["a"] * 16, {"a": ("texture",)})
+    for nothing in ({}, {"a": ()}):
+        with pytest.raises(ValueError, match="no attributes"):
+            measure(seen, ["a"] * 16, nothing)
+    with pytest.raises(
+        TooFew, match=f"{measure.__name__} of 'b' has 0 images, expected at least 16"
+    ):
+        measure(seen, ["a"] * 16, {"a": ("size",), "b": ("size",)})
 
 
 # --- burn
@@ -554,34 +640,39 @@ def flat(*colour):
     return torch.tensor(colour)[:, None, None].expand(3, 4, 4).clone()
 
 
+def fourfold(*images):
+    """8 images of 2: of fewer there is no number."""
+    return torch.stack(images * 4)
+
+
 def test_burn_by_hand():
     red, grey = flat(1.0, -1.0, -1.0), flat(0.0, 0.0, 0.0)
-    assert chroma(torch.stack([red, grey])) == Estimate(0.5, pytest.approx(0.5), 2)
-    assert clipped(torch.stack([red, grey])).value == 0.5
+    assert chroma(fourfold(red, grey)) == Estimate(0.5, pytest.approx(0.5 / 7**0.5), 8)
+    assert clipped(fourfold(red, grey)).value == 0.5
     one_channel = grey.clone()
     one_channel[1, 0, :2] = -1.0  # 2 of 16 pixels
-    assert clipped(torch.stack([one_channel, one_channel])) == Estimate(0.125, 0.0, 2)
+    assert clipped(fourfold(one_channel, one_channel)) == Estimate(0.125, 0.0, 8)
     halves = flat(-1.0, -1.0, -1.0)
     halves[:, :2] = 1.0
-    assert contrast(torch.stack([halves, halves])).value == pytest.approx(0.5)
+    assert contrast(fourfold(halves, halves)).value == pytest.approx(0.5)
     red_and_black = flat(-1.0, -1.0, -1.0)
     red_and_black[0, :2] = 1.0
-    assert contrast(torch.stack([red_and_black, grey])).value == pytest.approx(0.299 / 2 / 2)
+    assert contrast(fourfold(red_and_black, grey)).value == pytest.approx(0.299 / 2 / 2)
 
 
 def test_clipped_is_what_eight_bits_cannot_tell_from_the_end():
     levels = torch.arange(256).float() / 127.5 - 1
-    images = levels.view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    images = levels.view(1, 1, 16, 16).expand(8, 3, 16, 16)
     assert clipped(images).value == 2 / 256
     assert clipped(images * 0.9999).value == 2 / 256
-    rounds_to_254 = torch.full((2, 3, 4, 4), 254.4 / 127.5 - 1)
+    rounds_to_254 = torch.full((8, 3, 4, 4), 254.4 / 127.5 - 1)
     assert clipped(rounds_to_254).value == 0
 
 
 def test_luma_is_pillows(scenes):
     image = Image.fromarray(((scenes[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     expected = np.asarray(image.convert("L")).std() / 255
-    assert contrast(scenes[:1].repeat(2, 1, 1, 1)).value == pytest.approx(expected, abs=2e-3)
+    assert contrast(scenes[:1].repeat(8, 1, 1, 1)).value == pytest.approx(expected, abs=2e-3)
 
 
 def test_burnt_images_are_burnt_and_blurred_ones_pale(scenes):
@@ -600,21 +691,22 @@ def test_the_error_of_a_mean_over_images(scenes):
 
 
 def test_codebook_by_hand():
-    ids = torch.tensor([[0, 1, 4, 1], [1, 2, 3, 3], [1, 4, 1, 1]])
+    ids = torch.tensor([[0, 1, 4, 1], [1, 2, 3, 3], *[[1, 4, 1, 1]] * 6])
     found = codebook(ids, 8)
-    assert found.value == 5 / 8 and found.n == 3
-    without = torch.tensor([codebook(ids[own], 8).value for own in ([1, 2], [0, 2], [0, 1])])
-    assert without.tolist() == [4 / 8, 3 / 8, 5 / 8]
-    assert found.error == pytest.approx(jackknife(without, 3, 2))
-    assert codebook(torch.zeros(5, 9, dtype=torch.int32), 10) == Estimate(0.1, 0.0, 5)
-    assert codebook(torch.arange(10).view(2, 5), 10).value == 1.0
+    assert found.value == 5 / 8 and found.n == 8
+    without = torch.tensor([4 / 8, 3 / 8, *[5 / 8] * 6])  # 0, then 2 and 3, are of one image only
+    assert found.error == pytest.approx(jackknife(without, 8, 7))
+    assert codebook(torch.zeros(9, 9, dtype=torch.int32), 10) == Estimate(0.1, 0.0, 9)
+    assert codebook(torch.arange(40).view(8, 5), 40).value == 1.0
 
 
 def test_repetition_by_hand():
     checkers = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
-    assert repetition(torch.stack([checkers, torch.zeros_like(checkers)])).value == 0.5
+    assert repetition(fourfold(checkers, torch.zeros_like(checkers))).value == 0.5
     some = torch.tensor([[5, 5, 1], [2, 5, 1]])  # (0,1) left; (1,1) and (1,2) upper: 3 of 5
-    assert repetition(some.repeat(2, 1, 1)) == Estimate(pytest.approx(0.6), 0.0, 2)
+    assert repetition(fourfold(some, some)) == Estimate(
+        pytest.approx(0.6), pytest.approx(0, abs=1e-12), 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -652,11 +744,13 @@ def test_wrong_arguments_are_named(wrong, error, says):
         (lambda: neighbourhood(noise(50, 3), noise(49, 3)), "49 images .* at least 50"),
         (lambda: vendi(noise(3, 3)), "vendi has 3 images, expected at least 4"),
         (lambda: distance(noise(3, 3)), "distance has 3 images, expected at least 4"),
-        (lambda: clipped(torch.zeros(1, 3, 4, 4)), "clipped has 1 images, expected at least 2"),
-        (lambda: chroma(torch.zeros(1, 3, 4, 4)), "at least 2"),
-        (lambda: contrast(torch.zeros(1, 3, 4, 4)), "at least 2"),
-        (lambda: codebook(torch.zeros(1, 4).long(), 8), "at least 2"),
-        (lambda: repetition(torch.zeros(1, 4, 4).long()), "at least 2"),
+        (lambda: mean_over_images("x", noise(7)), "x has 7 images, expected at least 8"),
+        (lambda: share("x", 15, 15), "x has 15 images, expected at least 16"),
+        (lambda: clipped(torch.zeros(7, 3, 4, 4)), "clipped has 7 images, expected at least 8"),
+        (lambda: chroma(torch.zeros(7, 3, 4, 4)), "chroma has 7 images, expected at least 8"),
+        (lambda: contrast(torch.zeros(7, 3, 4, 4)), "contrast has 7 images, expected at least 8"),
+        (lambda: codebook(torch.zeros(7, 4).long(), 8), "codebook has 7 images, .* at least 8"),
+        (lambda: repetition(torch.zeros(7, 4, 4).long()), "repetition has 7 images, .* at least 8"),
     ],
 )
 def test_too_few_images_get_no_number(measure, says):

@@ -1,13 +1,17 @@
 """Studies: every cell is what the pipeline draws, nothing finished is lost, and what is bad is refused or reported."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import CAPTIONS, pipeline
 
@@ -93,8 +97,9 @@ def test_cells_know_their_strength_their_cost_and_why_a_measure_is_missing(weigh
     assert "not run at every step" in cells["ar", 0.0].missing["strength"]
     assert cells["ar", 1.0].measures["strength"].value == 0
     assert cells["hybrid", 3.0].measures["strength"].value > 0
-    assert cells["ar", 1.0].measures["rows"].value == 16
-    assert cells["ar", 3.0].measures["rows"].value == 32
+    assert cells["ar", 1.0].measures["positions"].value == 16
+    assert cells["ar", 3.0].measures["positions"].value == 32
+    assert cells["ar", 1.0].measures["rate"].value > 0
     assert "kid has 20 real images" in cells["ar", 3.0].missing["kid"]
     assert "codebook" in cells["ar", 3.0].measures
     assert "codebook" not in cells["hybrid", 3.0].measures
@@ -103,7 +108,10 @@ def test_cells_know_their_strength_their_cost_and_why_a_measure_is_missing(weigh
     assert sum(trace["kl"]) == pytest.approx(cells["ar", 3.0].measures["strength"].value, rel=1e-4)
     assert np.sum(trace["places"]) == pytest.approx(sum(trace["kl"]), rel=1e-4)
     assert trace["progress"][-1] == 1.0 and cells["ar", 1.0].trace["cosine"] == [None] * 16
-    assert results.reference["real images"]["attributes"].value > 0.9
+    real = results.reference["real images"]
+    assert real["attributes"].value > 0.9
+    # 3 draws are too few for an entropy, and enough for nothing
+    assert "open_entropy" in cells["ar", 3.0].missing
     wrong = results.reference["shuffled captions"]["attributes"].value
     assert wrong < results.reference["real images"]["attributes"].value - 0.3
 
@@ -111,7 +119,9 @@ def test_cells_know_their_strength_their_cost_and_why_a_measure_is_missing(weigh
 def numbers(results: Results) -> dict:
     return {
         str(own.cell): {
-            name: e for name, e in own.to_json()["measures"].items() if name != "seconds"
+            name: e
+            for name, e in own.to_json()["measures"].items()
+            if name not in ("seconds", "rate")
         }
         | {"trace": own.to_json()["trace"]}
         for own in results.cells
@@ -123,18 +133,18 @@ def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
 ):
     plan = Study(weights, families=("ar", "flow"), **SMALL)
     whole = run(plan, tmp_path / "whole", progress=False)
-    finished, real = [], studies._finish
+    finished, real = [], studies._Work.finish
 
-    def stopped(cell, *rest):
+    def stopped(self, cell, variant, *, timed):
         if len(finished) == 2:
             raise KeyboardInterrupt
-        real(cell, *rest)
+        real(self, cell, variant, timed=timed)
         finished.append(cell)
 
-    monkeypatch.setattr(studies, "_finish", stopped)
+    monkeypatch.setattr(studies._Work, "finish", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(plan, tmp_path / "out", progress=False)
-    monkeypatch.setattr(studies, "_finish", real)
+    monkeypatch.setattr(studies._Work, "finish", real)
     assert len(Results.load(tmp_path / "out").cells) == 2
     # a cell that was cut off in the middle of writing counts for nothing
     broken = tmp_path / "out" / finished[1].folder / "cell.json"
@@ -149,8 +159,22 @@ def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
     # more scales: what is there stays
     more = Study(weights, families=("ar",), **{**SMALL, "scales": (1.0, 2.0, 3.0)})
     drawn.clear()
-    run(more, tmp_path / "out", progress=False)
+    grown = run(more, tmp_path / "out", progress=False)
     assert drawn == ["ar"]
+    found = [(own.cell.family, own.cell.s) for own in grown.cells]
+    assert found == [("ar", 1.0), ("ar", 2.0), ("ar", 3.0), ("flow", 1.0), ("flow", 3.0)]
+    # and further variants; one of the same name that is another is refused
+    with_late = Study(
+        weights, variants=(Variant("late", "interval(s, 0.5, 1)"),), families=("ar",), **SMALL
+    )
+    assert len(run(with_late, tmp_path / "out", progress=False).cells) == 7
+    assert read_study(tmp_path / "out" / "study.json").scales == (1.0, 2.0, 3.0)
+    with pytest.raises(ValueError, match="differs in the variant 'late'"):
+        run(
+            Study(weights, variants=(Variant("late", "2 * s"),), families=("ar",), **SMALL),
+            tmp_path / "out",
+            progress=False,
+        )
 
 
 def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_path):
@@ -177,6 +201,8 @@ def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the report is in") == 1
     assert {"rank 0 drew 2", "rank 1 drew 2"} <= set(done.stdout.splitlines())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have it: with another number floats round otherwise
     alone = run(
         Study(
             weights,
@@ -190,7 +216,9 @@ def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_p
         tmp_path / "one",
         progress=False,
     )
+    torch.set_num_threads(threads)
     both = Results.load(tmp_path / "two")
+    assert "drawn by one process alone" in both.cells[0].missing["seconds"]
     assert [own.cell for own in both.cells] == [own.cell for own in alone.cells]
     for ours, theirs in zip(both.cells, alone.cells, strict=True):
         name = f"{ours.cell.folder}/images.png"
@@ -238,6 +266,11 @@ def test_a_folder_with_something_else_is_refused(weights, tmp_path):
     other = Study(weights, families=("ar",), **{**SMALL, "n": 21})
     with pytest.raises(ValueError, match=r"holds another study, which differs in n \(20 there, 21"):
         run(other, tmp_path / "out", progress=False)
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "study.json").write_text('{"study": 3}')
+    with pytest.raises(ValueError, match="is not the settings of a study"):
+        run(plan, strange, progress=False)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no study"):
@@ -252,20 +285,51 @@ def test_a_folder_with_something_else_is_refused(weights, tmp_path):
         ({"features": "mine"}, "mine"),
     ],
 )
-def test_what_is_not_there_is_told_before_anything_is_drawn(weights, tmp_path, changes, message):
+def test_what_is_not_there_is_told_before_anything_is_written(weights, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(Study(weights, **{**SMALL, **changes}), tmp_path / "out", progress=False)
-    assert not list((tmp_path / "out").glob("cells/**/*.png"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_that_fits_no_family_is_refused_and_one_left_out_is_told(weights, tmp_path):
+    trust = Variant("trust", mitigations="kl_trust_region(0.5)")
+    with pytest.raises(ValueError, match=r"the variant 'trust' fits no family: .*logits"):
+        run(Study(weights, variants=(trust,), families=("flow",), **SMALL), tmp_path / "out")
+    plan = Study(weights, variants=(Variant(), trust), **{**SMALL, "scales": (1.0,)})
+    results = run(plan, tmp_path / "out", progress=False)
+    left = [(own["family"], own["variant"]) for own in results.settings["left_out"]]
+    assert left == [("flow", "trust"), ("hybrid", "trust")]
+
+
+def test_an_error_of_ones_own_features_stops_the_study_and_keeps_no_failure(
+    weights, tmp_path, monkeypatch
+):
+    module = tmp_path / "mine.py"
+    module.write_text("def features(images):\n    return images.flatten(1)[:, :3]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan = Study(weights, families=("ar",), **{**SMALL, "features": "mine:features"})
+    run(plan, tmp_path / "out", progress=False)
+    module.write_text("def features(images):\n    return images\n")
+    sys.modules.pop("mine")
+    with pytest.raises(ValueError, match="features"):
+        run(plan, tmp_path / "out", progress=False)
+    # its code is part of what cells are made with
+    module.write_text("def features(images):\n    return images.flatten(1)[:, :4]\n")
+    sys.modules.pop("mine")
+    assert all(own.failure is None for own in run(plan, tmp_path / "out", progress=False).cells)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"n": 0}, "n is 0, expected an int of at least 1"),
+        ({"n": 0}, "n is 0, expected an int from 1"),
+        ({"n": 10**9}, "n is 1000000000, expected an int from 1 to 1000000"),
+        ({"draws": 10**12}, "draws is"),
+        ({"seed": 2**70}, "seed is"),
+        ({"open_prompts": ("a", "a")}, "open_prompts is .* expected none twice"),
         ({"scales": ()}, "scales is empty"),
         ({"scales": (1.0, 1.0)}, "none twice"),
         ({"variants": (Variant("a"), Variant("a", "2*s"))}, "none twice"),
-        ({"variants": (Variant("a b"), Variant("a_b"))}, "none twice"),
         ({"variants": (Variant("x", scales=(7.0,)),)}, "has the scale 7, expected some of"),
         ({"variants": (Variant("x", "intervall(s, 0, 1)"),)}, "interval"),
         ({"variants": (Variant("x", mitigations="rescale(7)"),)}, "rescale"),
@@ -289,6 +353,11 @@ def test_a_study_is_read_from_yaml_and_from_a_finished_one(weights, tmp_path):
     assert plan == Study(weights, variants=(Variant(), decay), families=("flow",), **SMALL)
     run(plan, tmp_path / "out", progress=False)
     assert read_study(tmp_path / "out" / "study.json") == plan
+    odd = Study(weights, "x", scales=(1e30, 1e-7), open_prompts=("\U0001f600 tiger",))
+    held = json.loads((tmp_path / "out" / "study.json").read_text())
+    held["study"] = json.loads(json.dumps(dataclasses.asdict(odd)))
+    (tmp_path / "odd.json").write_text(json.dumps(held))
+    assert read_study(tmp_path / "odd.json") == odd
     for text, message in (
         ("m: 3\n", "unknown key 'm'"),
         ("variants: [{nam: x}]\n", "unknown key 'nam'"),
@@ -309,9 +378,9 @@ def test_real_images_show_what_captions_look_like(weights, tmp_path):
         pictures = to_images(to_float(scenes.images))
         for i, (caption, picture) in enumerate(zip(scenes.captions, pictures, strict=True)):
             picture.save(folder / f"{i}.png")
-            line = {"file_name": f"{i}.png", "text": caption, "split": "val" if i % 3 else "train"}
+            line = {"file_name": f"{i}.png", "text": caption, "split": "val" if i % 2 else "train"}
             file.write(json.dumps(line) + "\n")
-    plan = Study(weights, str(folder), families=("flow",), **{**SMALL, "n": 80})
+    plan = Study(weights, str(folder), families=("flow",), **{**SMALL, "n": 60})
     results = run(plan, tmp_path / "out", progress=False)
     (first, _) = results.cells
     assert {"caption_top5", "caption_rank", "kid", "precision"} <= first.measures.keys()
@@ -353,3 +422,13 @@ def test_an_empty_file_of_prompts_is_refused(tmp_path, weights, capsys):
     (tmp_path / "none.txt").write_text("\n \n")
     assert run_cli(["compare", "--data", str(tmp_path / "none.txt"), "--weights", weights]) == 2
     assert "is empty, expected one prompt a line" in capsys.readouterr().err
+
+
+def test_the_python_of_the_page_on_comparing_runs():
+    page = (Path(__file__).parent.parent / "docs/comparing.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        held: dict = {}
+        exec(compile(block, "comparing.md", "exec"), held)
+        assert float(held["trace"].strength) > 0

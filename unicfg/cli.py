@@ -286,11 +286,14 @@ def _study(
     settings = dataclasses.replace(settings, **changes)
     command = f"unicfg {shlex.join(sys.argv[1:])}"
     results = run(settings, out, command=command)
+    if not is_main_process():
+        return
     failed = [own for own in results.cells if own.failure is not None]
     for own in failed:
         print(f"{own.cell}: {own.failure}", file=sys.stderr)
-    if is_main_process():
-        print(f"the report is in {write_report(out)}")
+    print(f"the report is in {write_report(out)}")
+    if len(failed) == len(results.cells):
+        raise typer.Exit(1)
 
 
 def is_main_process() -> bool:

@@ -19,7 +19,7 @@ SIDE = 256  # pixels of a shown picture at least; small images keep their hard p
 ABOUT: Mapping[str, str] = {
     "ar": "one token after another; guided are logits",
     "masked": "many tokens at a time; guided are logits",
-    "diffusion": "latents out of noise; guided are predictions of the noise",
+    "diffusion": "latents out of noise; guided are a denoiser's predictions",
     "flow": "latents along a straight path; guided are velocities",
     "hybrid": "one latent after another; guided are its head's predictions",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import reprlib
 import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from unicfg.guidance.spelling import as_python, read_guidance
 
 log = logging.getLogger(__name__)
 
-TOKEN_FAMILIES = ("ar", "masked")  # guided are logits; in all others what a denoiser predicts
 PROMPT_LENGTH = 300  # characters
 MITIGATIONS_LENGTH = 200  # characters
 MOST_IMAGES = 4  # a family
@@ -38,9 +38,9 @@ class Request:
         s: the scale.
         start: progress, in [0, 1], where guidance begins; before it the scale is 1.
         end: progress, in [start, 1], where it stops.
-        logits: mitigations of the families that guide logits, as :func:`unicfg.guidance.spelling.read_mitigations` reads
+        logits: mitigations of pipelines that guide logits, as :func:`unicfg.guidance.spelling.read_mitigations` reads
             them.
-        denoisers: mitigations of all other families.
+        denoisers: mitigations of all others.
         seed: of the first image; the next has seed + 1.
         count: images a family.
     """
@@ -65,26 +65,29 @@ class Request:
         """One an image."""
         return list(range(self.seed, self.seed + self.count))
 
-    def mitigations(self, family: str) -> str:
-        """The mitigations of a family, as text."""
-        return self.logits if family in TOKEN_FAMILIES else self.denoisers
+    def mitigations(self, space: str) -> str:
+        """The mitigations of a pipeline that guides in a space, see :attr:`TextToImage.space`, as text."""
+        return self.logits if space == "logits" else self.denoisers
 
-    def guidance(self, family: str) -> Guidance:
-        """The guidance of a family.
+    def guidance(self, space: str) -> Guidance:
+        """The guidance of a pipeline that guides in a space.
 
         Raises:
-            ValueError: if its text cannot be read, or a mitigation is not meant for what the family predicts.
+            ValueError: if its text cannot be read, or a mitigation is not meant for the space.
         """
-        guidance = read_guidance(self.scale, self.s, self.mitigations(family))
-        guidance.begin("logits" if family in TOKEN_FAMILIES else "eps")
+        guidance = read_guidance(self.scale, self.s, self.mitigations(space))
+        guidance.begin(space)
         return guidance
 
     def check(self) -> None:
-        """Refuse what is not to be drawn.
+        """Refuse what is not to be drawn, whoever draws it; :func:`draw` also asks whether the guidance can be read.
+
+        Values of any type are refused like this, since anybody can post anything to the page.
 
         Raises:
             ValueError: if so; says in a sentence for the visitor what is wrong.
         """
+        _check_text("The prompt", self.prompt)
         if not self.prompt.strip():
             raise ValueError("The prompt is empty: write what to draw.")
         if len(self.prompt) > PROMPT_LENGTH:
@@ -93,6 +96,10 @@ class Request:
             )
         if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
             raise ValueError("The prompt holds half a character, which is no text.")
+        if not _is_names(self.families):
+            raise ValueError(
+                f"The families are {reprlib.repr(self.families)}, expected a tuple of names."
+            )
         if not self.families or len(set(self.families)) != len(self.families):
             chosen = ", ".join(self.families) or "none"
             raise ValueError(f"The families are {chosen}: expected at least one, and none twice.")
@@ -106,22 +113,32 @@ class Request:
         _check_whole("The seed", self.seed, 0, MOST_SEED)
         _check_whole("The number of images", self.count, 1, MOST_IMAGES)
         for text in (self.logits, self.denoisers):
+            _check_text("The text of the mitigations", text)
             if len(text) > MITIGATIONS_LENGTH:
                 raise ValueError(
                     f"The mitigations have {len(text)} characters, expected at most {MITIGATIONS_LENGTH}."
                 )
-        for family in self.families:
-            self.guidance(family)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, expected text.")
 
 
 def _check_number(name: str, value: object, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ValueError(f"{name} is {value}, expected a number from {least:g} to {most:g}.")
+        shown = reprlib.repr(value)
+        raise ValueError(f"{name} is {shown}, expected a number from {least:g} to {most:g}.")
 
 
 def _check_whole(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} is {value}, expected a whole number from {least} to {most}.")
+        shown = reprlib.repr(value)
+        raise ValueError(f"{name} is {shown}, expected a whole number from {least} to {most}.")
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,7 @@ def draw(pipes: Mapping[str, TextToImage], request: Request) -> Generator[Frame,
     for family in request.families:
         if family not in pipes:
             raise ValueError(f"The family is {family}, expected one of {', '.join(pipes)}.")
+        request.guidance(pipes[family].space)
     return _frames(pipes, request)
 
 
@@ -237,7 +255,7 @@ def _draw_family(pipe: TextToImage, request: Request, outlet: _Outlet) -> None:
         images = pipe(
             [request.prompt] * request.count,
             seeds=request.seeds,
-            guidance=request.guidance(family),
+            guidance=request.guidance(pipe.space),
             callback=preview,
         )
     except _Gone:
@@ -253,22 +271,22 @@ def _draw_family(pipe: TextToImage, request: Request, outlet: _Outlet) -> None:
         outlet.show(Frame(family, tuple(images), 1.0, True))
 
 
-def code(request: Request, weights: str, family: str) -> str:
-    """The call that draws a family's images again, as Python.
+def code(request: Request, weights: str, pipe: TextToImage) -> str:
+    """The call that draws a pipeline's images again, as Python.
 
     Args:
         request: what was drawn.
         weights: name or folder of the pipelines.
-        family: which.
+        pipe: which of them.
 
     Raises:
         ValueError: if the guidance cannot be read.
     """
     times = f" * {request.count}" if request.count > 1 else ""
-    guidance = as_python(request.scale, request.s, request.mitigations(family))
+    guidance = as_python(request.scale, request.s, request.mitigations(pipe.space))
     return (
         f"from models import TextToImage\n{guidance}"
-        f"pipe = TextToImage.from_pretrained({_literal(weights)}, family={_literal(family)})\n"
+        f"pipe = TextToImage.from_pretrained({_literal(weights)}, family={_literal(pipe.family)})\n"
         f"prompts = [{_literal(request.prompt)}]{times}\n"
         f"images = pipe(prompts, seeds={request.seeds}, guidance=guidance)\n"
     )

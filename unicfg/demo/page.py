@@ -133,7 +133,7 @@ def build(pipes: Mapping[str, TextToImage], weights: str) -> gr.Blocks:
     with gr.Blocks(title="unicfg demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, elem_classes="plain")
         with gr.Row(elem_id="layout"):  # on narrow screens one below the other
-            controls = _controls(list(pipes), EXAMPLES.get(weights, ()))
+            controls = _controls(pipes, EXAMPLES.get(weights, ()))
             with gr.Column(elem_id="drawing"):
                 results = _results(list(pipes))
         _connect(pipes, weights, controls, results, page)
@@ -141,7 +141,10 @@ def build(pipes: Mapping[str, TextToImage], weights: str) -> gr.Blocks:
     return page
 
 
-def _controls(families: list[str], examples: Sequence[str]) -> Controls:
+def _controls(pipes: Mapping[str, TextToImage], examples: Sequence[str]) -> Controls:
+    families = list(pipes)
+    tokens = [name for name, pipe in pipes.items() if pipe.space == "logits"]
+    others = [name for name in families if name not in tokens]
     with gr.Column(elem_id="main"):
         prompt = gr.Textbox(
             examples[0] if examples else "",
@@ -172,19 +175,20 @@ def _controls(families: list[str], examples: Sequence[str]) -> Controls:
             gr.Markdown("Guidance acts between two shares of the sampling; outside s is 1.")
             start = gr.Slider(0, 1, 0, step=0.05, label="From", elem_id="start")
             end = gr.Slider(0, 1, 1, step=0.05, label="To", elem_id="end")
-            logits = _mitigations("for ar, masked", LOGITS_MITIGATIONS, "logits")
-            denoisers = _mitigations("for the others", DENOISERS_MITIGATIONS, "denoisers")
+            logits = _mitigations(tokens, LOGITS_MITIGATIONS, "logits")
+            denoisers = _mitigations(others, DENOISERS_MITIGATIONS, "denoisers")
     settings = (prompt, named, s, start, end, logits, denoisers, seed, count)
     return Controls(settings, beside, button, new_seed, chosen)
 
 
-def _mitigations(what: str, spellings: Sequence[str], name: str) -> gr.Dropdown:
+def _mitigations(families: Sequence[str], spellings: Sequence[str], name: str) -> gr.Dropdown:
     return gr.Dropdown(
         [("none", ""), *((text, text) for text in spellings)],
         value="",
-        label=f"Mitigations {what}",
+        label=f"Mitigations for {', '.join(families)}",
         info="choose, or write your own; + joins several",
         allow_custom_value=True,  # they are parsed, never run
+        visible=bool(families),
         elem_id=name,
     )
 
@@ -250,7 +254,7 @@ def _connect(
     results.strip.select(_settings_of, results.earlier, list(controls.settings), **at_once).then(
         **drawing
     )
-    spoken = _speaker(weights)
+    spoken = _speaker(pipes, weights)
     results.family.input(spoken, [results.family, results.earlier], results.code, **at_once)
 
 
@@ -297,7 +301,7 @@ def _drawer(
         yield {
             results.note: cards.note(f"drawn in {seconds:.1f} s"),
             results.family: gr.Radio(list(request.families), value=family),
-            results.code: code(request, weights, family),
+            results.code: code(request, weights, pipes[family]),
             results.strip: cards.strip(earlier),
             results.earlier: earlier,
         }
@@ -306,10 +310,18 @@ def _drawer(
 
 
 def _request(settings: Sequence[Any], families: Sequence[str]) -> Request:
-    """The request of the controls' values; families in the order of the page, and an empty dropdown is no mitigation."""
+    """The request of the controls' values; families in the order of the page, and an empty dropdown is no mitigation.
+
+    The values may be of any type, and are handed on as they are if it is a wrong one.
+    """
     prompt, chosen, s, start, end, logits, denoisers, seed, count = settings
-    named = tuple(family for family in families if family in chosen)
-    return Request(prompt.strip(), named, s, start, end, logits or "", denoisers or "", seed, count)
+    text = prompt.strip() if isinstance(prompt, str) else prompt
+    named = chosen
+    if isinstance(chosen, list):
+        unknown = [family for family in chosen if family not in families]
+        named = (*(family for family in families if family in chosen), *unknown)
+    logits, denoisers = ("" if own is None else own for own in (logits, denoisers))
+    return Request(text, named, s, start, end, logits, denoisers, seed, count)
 
 
 def _blank(request: Request, scales: Sequence[float], results: Results) -> Updates:
@@ -331,13 +343,15 @@ def _settings_of(earlier: Sequence[cards.Entry], event: gr.EventData) -> list[An
     return values
 
 
-def _speaker(weights: str) -> Callable[[str, Sequence[cards.Entry]], Any]:
+def _speaker(
+    pipes: Mapping[str, TextToImage], weights: str
+) -> Callable[[str, Sequence[cards.Entry]], Any]:
     """The function that gives a family's code for the newest drawing."""
 
     def speak(family: str, earlier: Sequence[cards.Entry]) -> Any:
         if not earlier or family not in earlier[0].request.families:
             return gr.skip()
-        return code(earlier[0].request, weights, family)
+        return code(earlier[0].request, weights, pipes[family])
 
     return speak
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unicfg.evaluation.results import Estimate
-from unicfg.evaluation.uncertainty import jackknife, mean_over_images, require
+from unicfg.evaluation.uncertainty import LEAST, jackknife, mean_over_images, require
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
 LARGEST = 1 + 1e-4  # rounding is let pass
@@ -25,7 +25,7 @@ def clipped(images: Tensor) -> Estimate:
         images: (N, 3, H, W), in [-1, 1].
 
     Raises:
-        TooFew: if there are less than 2 images.
+        TooFew: if there are less than 8 images.
         ValueError: if the shape is wrong, or a number is not in [-1, 1].
     """
     ends = _checked(images).abs().amax(1) >= END
@@ -41,7 +41,7 @@ def chroma(images: Tensor) -> Estimate:
         images: (N, 3, H, W), in [-1, 1].
 
     Raises:
-        TooFew: if there are less than 2 images.
+        TooFew: if there are less than 8 images.
         ValueError: if the shape is wrong, or a number is not in [-1, 1].
     """
     images = _checked(images)
@@ -57,7 +57,7 @@ def contrast(images: Tensor) -> Estimate:
         images: (N, 3, H, W), in [-1, 1].
 
     Raises:
-        TooFew: if there are less than 2 images.
+        TooFew: if there are less than 8 images.
         ValueError: if the shape is wrong, or a number is not in [-1, 1].
     """
     images = _checked(images)
@@ -76,7 +76,7 @@ def codebook(ids: Tensor, size: int) -> Estimate:
         size: V.
 
     Raises:
-        TooFew: if there are less than 2 images.
+        TooFew: if there are less than 8 images.
         TypeError: if the ids are no integers.
         ValueError: if the shape is wrong, or an id is outside of the codebook.
     """
@@ -85,7 +85,7 @@ def codebook(ids: Tensor, size: int) -> Estimate:
         raise ValueError(
             f"ids are {int(ids.min())} to {int(ids.max())}, expected 0 to size - 1 = {size - 1}"
         )
-    require("codebook", len(ids), 2)
+    require("codebook", len(ids), LEAST)
     present = torch.zeros(len(ids), size, dtype=torch.bool, device=ids.device)
     present.scatter_(1, ids.long(), True)
     users = present.sum(0)
@@ -103,7 +103,7 @@ def repetition(ids: Tensor) -> Estimate:
         ids: (N, h, w).
 
     Raises:
-        TooFew: if there are less than 2 images.
+        TooFew: if there are less than 8 images.
         TypeError: if the ids are no integers.
         ValueError: if the shape is wrong, or there is one token an image.
     """

@@ -15,13 +15,14 @@ from torch import Tensor
 from unicfg.evaluation.attributes import Reading
 from unicfg.evaluation.features import checked_features
 from unicfg.evaluation.results import Estimate, TooFew
-from unicfg.evaluation.uncertainty import jackknife, leave_out, require
+from unicfg.evaluation.uncertainty import jackknife, leave_out, require, share
 
 LEAST = 4  # images of one prompt: the error comes from leaving one out
 LEAST_READINGS = 16  # of one prompt: of 8, the entropy of 8 colours misses a quarter of its 3 bits
 MOST_GROUPS = 20
 
 ATTRIBUTES = ("background", "shape", "colour", "size")
+Attributes = tuple[str | None, ...]  # of one image: those that its prompt leaves open
 
 # what each leaves open, of background, shape, colour and size of the object that stands out most
 OPEN: Mapping[str, Sequence[str]] = {
@@ -114,7 +115,9 @@ def open_entropy(
     """Entropy of the attributes that prompts leave open, mean over pairs of prompt and attribute.
 
     Of the frequencies of an attribute's values among a prompt's images, given whether it could be read: what cannot be
-    read (None) adds nothing, as burnt images would otherwise count as diverse ones.
+    read (None) adds nothing, as burnt images would otherwise count as diverse ones. An attribute has the share that could
+    be read times the entropy of what was read, so little of it may mean that images are alike or that they cannot be
+    read: :func:`readable` tells which.
 
     The estimate from frequencies is biased downwards, by about (values - 1) / (2 n ln 2) bits (Miller 1955), and is not
     corrected: the correction grows with the values that were seen, and cells are compared at equal n. True scenes have
@@ -134,25 +137,36 @@ def open_entropy(
         TooFew: if a prompt of ``open`` has less than 16 images.
         ValueError: if the numbers of readings and prompts differ, ``open`` is empty or an attribute is unknown.
     """
-    if len(readings) != len(prompts):
-        raise ValueError(f"{len(readings)} readings and {len(prompts)} prompts, expected as many")
-    for name in (name for names in open.values() for name in names):
-        if name not in ATTRIBUTES:
-            raise ValueError(f"open names {name!r}, expected one of {', '.join(ATTRIBUTES)}")
-    pairs = sum(map(len, open.values()))
-    if not pairs:
-        raise ValueError("open names no attributes, expected at least one")
-    total, variance, used = 0.0, 0.0, 0
-    for prompt, names in open.items():
-        own = [reading for reading, its in zip(readings, prompts, strict=True) if its == prompt]
-        require(f"open_entropy of {prompt!r}", len(own), LEAST_READINGS)
-        seen = [tuple(_attribute(reading, name) for name in names) for reading in own]
-        without_one = [_bits(seen[:i] + seen[i + 1 :]) for i in range(len(seen))]
-        replicates = torch.tensor(without_one, dtype=torch.float64)
-        total += _bits(seen)
-        variance += jackknife(replicates, len(own), len(own) - 1) ** 2
-        used += len(own)
-    return Estimate(total / pairs, variance**0.5 / pairs, used)
+    return _over_pairs(_bits, _seen_of_open("open_entropy", readings, prompts, open))
+
+
+def readable(
+    readings: Sequence[Reading], prompts: Sequence[str], open: Mapping[str, Sequence[str]]
+) -> Estimate:
+    """Share of the attributes that prompts leave open that could be read, mean over pairs of prompt and attribute.
+
+    To be read beside :func:`open_entropy`, which is low where images are alike and where they cannot be read: only
+    where this one is as high as in real images has it the first meaning. An image in which nothing stands out has no
+    shape, colour and size to read.
+
+    Args:
+        readings: of N images.
+        prompts: N; those that are not in ``open`` are passed over.
+        open: as for :func:`open_entropy`.
+
+    Returns:
+        0 to 1; the error is a jackknife over images, for these prompts, and at least that of
+        :func:`~unicfg.evaluation.uncertainty.share` where all can be read: it is too large if nearly all or nearly none
+        can be read, and right between.
+
+    Raises:
+        TooFew: if a prompt of ``open`` has less than 16 images.
+        ValueError: if the numbers of readings and prompts differ, ``open`` is empty or an attribute is unknown.
+    """
+    seen = _seen_of_open("readable", readings, prompts, open)
+    found = _over_pairs(_read, seen)
+    images = len(seen) * min(map(len, seen))  # the prompt with the fewest counts as much as others
+    return found._replace(error=max(found.error, share("readable", images, images).error))
 
 
 def _with_error(measure: str, statistic: Callable[[Tensor], float], features: Tensor) -> Estimate:
@@ -189,13 +203,59 @@ def _over_prompts(own: Sequence[Estimate]) -> Estimate:
     return Estimate(float(values.mean()), max(within, between), sum(each.n for each in own))
 
 
+def _seen_of_open(
+    measure: str,
+    readings: Sequence[Reading],
+    prompts: Sequence[str],
+    open: Mapping[str, Sequence[str]],
+) -> list[list[Attributes]]:
+    """For each prompt of ``open`` what its images show.
+
+    Raises:
+        TooFew: if a prompt has less than 16 images.
+        ValueError: if an argument is wrong.
+    """
+    if len(readings) != len(prompts):
+        raise ValueError(f"{len(readings)} readings and {len(prompts)} prompts, expected as many")
+    for name in (name for names in open.values() for name in names):
+        if name not in ATTRIBUTES:
+            raise ValueError(f"open names {name!r}, expected one of {', '.join(ATTRIBUTES)}")
+    if not any(open.values()):
+        raise ValueError("open names no attributes, expected at least one")
+    seen = []
+    for prompt, names in open.items():
+        own = [reading for reading, its in zip(readings, prompts, strict=True) if its == prompt]
+        require(f"{measure} of {prompt!r}", len(own), LEAST_READINGS)
+        seen.append([tuple(_attribute(reading, name) for name in names) for reading in own])
+    return seen
+
+
+def _over_pairs(
+    statistic: Callable[[Sequence[Attributes]], float], seen: Sequence[Sequence[Attributes]]
+) -> Estimate:
+    """The mean over pairs of prompt and attribute, of a statistic that sums over the attributes of a prompt."""
+    pairs = sum(len(own[0]) for own in seen)
+    total, variance = 0.0, 0.0
+    for own in seen:
+        without_one = [statistic([*own[:i], *own[i + 1 :]]) for i in range(len(own))]
+        replicates = torch.tensor(without_one, dtype=torch.float64)
+        total += statistic(own)
+        variance += jackknife(replicates, len(own), len(own) - 1) ** 2
+    return Estimate(total / pairs, variance**0.5 / pairs, sum(map(len, seen)))
+
+
 def _attribute(reading: Reading, name: str) -> str | None:
     if name == "background":
         return reading.background
     return getattr(reading.objects[0], name) if reading.objects else None
 
 
-def _bits(seen: Sequence[tuple[str | None, ...]]) -> float:
+def _read(seen: Sequence[Attributes]) -> float:
+    """Sum over attributes of the share of values that are not None."""
+    return sum(value is not None for values in seen for value in values) / len(seen)
+
+
+def _bits(seen: Sequence[Attributes]) -> float:
     """Sum over attributes of the entropy of values, given whether they are None."""
     return sum(
         _entropy(values) - _entropy([value is None for value in values])

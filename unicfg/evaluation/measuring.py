@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,15 @@ from unicfg.evaluation.captions import (
     distinct,
     minilm,
 )
-from unicfg.evaluation.diversity import open_entropy, within_prompts
+from unicfg.evaluation.diversity import open_entropy, readable, within_prompts
 from unicfg.evaluation.features import Features, extract, find_features
 from unicfg.evaluation.fidelity import fd, kid, neighbourhood
 from unicfg.evaluation.results import Estimate, TooFew
 from unicfg.evaluation.tasks import Task
-from unicfg.evaluation.uncertainty import mean_over_images
+from unicfg.evaluation.uncertainty import mean_over_images, share
 from unicfg.sampling import Trace
 
+BATCH = 64  # images through the tokenizer at once
 EXAMPLES = 2000  # real images with captions, at most, to learn from what captions look like
 
 
@@ -65,14 +66,16 @@ class Drawn:
         opened: of each open prompt in turn, equally many (M, 3, H, W).
         ids: tokens of ``images`` (N, h, w); None of a family that has none.
         trace: of ``images``.
-        seconds: that drawing an image took.
+        positions: tokens that went through the transformer for an image, in all its rows and steps.
+        seconds: that an image took, in each of some batches (K,), with nobody watching; empty where that says nothing.
     """
 
     images: Tensor
     opened: Tensor
     ids: Tensor | None
     trace: Trace
-    seconds: float
+    positions: int
+    seconds: Tensor
 
 
 class Measuring:
@@ -91,13 +94,13 @@ class Measuring:
     def __init__(self, task: Task, features: str, tokenizer: VQTokenizer) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.features: Features = find_features(features)
-        self.real = None if task.real is None else self._points(to_float(task.real))
+        self.others = None if task.others is None else self._points(to_float(task.others))
         self.captions = _Captions.learn(task, self.features)
 
     def cell(self, drawn: Drawn) -> Tally:
         """All measures of a cell."""
         tally, points = Tally(), self._points(drawn.images)
-        self._adherence(tally, drawn.images, points)
+        self._adherence(tally, drawn.images, points, self.task.prompts)
         self._diversity(tally, drawn.opened)
         self._fidelity(tally, points)
         self._burn(tally, drawn.images, drawn.ids)
@@ -108,77 +111,85 @@ class Measuring:
             tally.add(("strength",), lambda: mean_over_images("strength", strength))
         else:
             tally.missing["strength"] = "the conditional model was not run at every step"
-        count = len(drawn.images)
-        rows = float(drawn.trace.branches.sum())
-        tally.measures["rows"] = Estimate(rows, math.nan, count)
-        tally.measures["seconds"] = Estimate(drawn.seconds, math.nan, count)
+        tally.measures["positions"] = Estimate(drawn.positions, 0.0, len(drawn.images))
+        self._cost(tally, drawn.seconds)
         return tally
 
     def references(self) -> dict[str, dict[str, Estimate]]:
-        """The same measures of real images, of what the tokenizer makes of them, and of real images with wrong captions.
-
-        Real images are held against other real images.
-        """
-        if self.task.real is None or self.real is None:
+        """The same measures of real images, of what the tokenizer makes of them, and of real images with wrong captions."""
+        if self.task.real is None:
             return {}
-        found = {}
-        images = to_float(self.task.real)
-        tally = Tally()
-        if len(images) == len(self.task.prompts):
-            self._adherence(tally, images, self.real)
-        if self.task.others is not None:
-            self._fidelity(tally, self._points(to_float(self.task.others)))
-        self._burn(tally, images, self.tokenizer.encode(images))
-        found["real images"] = tally.measures
-        again, tally = self.tokenizer.decode(self.tokenizer.encode(images)), Tally()
-        points = self._points(again)
-        if len(images) == len(self.task.prompts):
-            self._adherence(tally, again, points)
-        self._fidelity(tally, points)
-        self._burn(tally, again, None)
-        found["reconstructions"] = tally.measures
-        if len(images) == len(self.task.prompts):
-            wrong = Tally()
-            # every image with the prompt of a distant one
-            half = len(images) // 2
-            self._adherence(wrong, images.roll(half, 0), self.real.roll(half, 0))
+        found: dict[str, dict[str, Estimate]] = {}
+        images, captions = to_float(self.task.real), self.task.captions
+        ids, again = self._through_the_tokenizer(images)
+        for name, pictures in (("real images", images), ("reconstructions", again)):
+            tally, points = Tally(), self._points(pictures)
+            self._adherence(tally, pictures, points, captions)
+            self._fidelity(tally, points)
+            self._burn(tally, pictures, ids)
+            if self.task.opened is not None:
+                opened = to_float(self.task.opened)
+                if name == "reconstructions":
+                    opened = self._through_the_tokenizer(opened)[1]
+                self._diversity(tally, opened)
+            found[name] = tally.measures
+        if len(images) > 1:
+            # every image with the caption of a distant one
+            half, wrong = len(images) // 2, Tally()
+            swapped = images.roll(half, 0)
+            self._adherence(wrong, swapped, self._points(swapped), captions)
             found["shuffled captions"] = wrong.measures
         return found
+
+    def _through_the_tokenizer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, h, w) of images (N, 3, H, W), and what they are decoded to."""
+        device = self.tokenizer.latent_mean.device
+        ids = [self.tokenizer.encode(part.to(device)) for part in images.split(BATCH)]
+        again = [self.tokenizer.decode(part).cpu() for part in ids]
+        return torch.cat(ids).cpu(), torch.cat(again)
 
     def _points(self, images: Tensor) -> Tensor:
         return extract(self.features, images)
 
-    def _adherence(self, tally: Tally, images: Tensor, points: Tensor) -> None:
+    def _adherence(
+        self, tally: Tally, images: Tensor, points: Tensor, prompts: Sequence[str]
+    ) -> None:
         if self.task.scenes:
             graded = attribute_accuracy(read_scenes(images), self.task.scenes)
             count = len(images)
+            right = round(graded.exact * count)
             tally.add(("attributes",), lambda: mean_over_images("attributes", graded.per_image))
-            share = graded.exact
-            error = (share * (1 - share) / count) ** 0.5
-            tally.measures["whole_scene"] = Estimate(share, error, count)
+            tally.add(("whole_scene",), lambda: share("whole_scene", right, count))
         if self.captions is not None:
-            ranks, among = self.captions.ranks(points), len(self.captions.candidates)
+            ranks, among = self.captions.ranks(points, prompts), len(self.captions.candidates)
             tally.add(("caption_top5", "caption_rank"), lambda: caption_measures(ranks, among))
 
     def _diversity(self, tally: Tally, opened: Tensor) -> None:
+        names, of_attributes = ("vendi", "distance"), ("open_entropy", "readable")
         if len(opened) == 0:
+            tally.missing |= dict.fromkeys((*names, *of_attributes), "no open prompts were drawn")
             return
         each = len(opened) // len(self.task.open_prompts)
         prompts = [prompt for prompt in self.task.open_prompts for _ in range(each)]
         points = self._points(opened)
-        tally.add(("vendi", "distance"), lambda: within_prompts(points, prompts))
-        if self.task.leaves_open:
-            tally.add(
-                ("open_entropy",),
-                lambda: open_entropy(read_scenes(opened), prompts, self.task.leaves_open),
+        tally.add(names, lambda: within_prompts(points, prompts))
+        known = [i for i, prompt in enumerate(prompts) if prompt in self.task.leaves_open]
+        if not known:
+            tally.missing |= dict.fromkeys(
+                of_attributes, "no attributes are known that the open prompts leave open"
             )
+            return
+        readings = read_scenes(opened[known])
+        of, leaves_open = [prompts[i] for i in known], self.task.leaves_open
+        tally.add(("open_entropy",), lambda: open_entropy(readings, of, leaves_open))
+        tally.add(("readable",), lambda: readable(readings, of, leaves_open))
 
     def _fidelity(self, tally: Tally, points: Tensor) -> None:
         names = ("kid", "fd", "precision", "recall", "density", "coverage")
-        if self.real is None:
+        if self.others is None:
             tally.missing |= dict.fromkeys(names, "the data has no real images")
             return
-        real = self.real
+        real = self.others
         equal = min(len(real), len(points))
         tally.add(("kid",), lambda: kid(real, points))
         tally.add(("fd",), lambda: fd(real[:equal], points[:equal]))
@@ -194,6 +205,17 @@ class Measuring:
             tally.add(("codebook",), lambda: burn.codebook(tokens.flatten(1), size))
             tally.add(("repetition",), lambda: burn.repetition(tokens))
 
+    @staticmethod
+    def _cost(tally: Tally, seconds: Tensor) -> None:
+        if len(seconds) < 2:
+            why = "it takes two batches of open prompts at least, drawn by one process alone"
+            tally.missing |= dict.fromkeys(("seconds", "rate"), why)
+            return
+        middle = float(seconds.median())
+        error = float(seconds.std() / len(seconds) ** 0.5)
+        tally.measures["seconds"] = Estimate(middle, error, len(seconds))
+        tally.measures["rate"] = Estimate(1 / middle, error / middle**2, len(seconds))
+
 
 @dataclass(frozen=True)
 class _Captions:
@@ -201,7 +223,7 @@ class _Captions:
 
     scorer: CaptionScorer
     candidates: Tensor
-    right: Tensor
+    places: Mapping[str, int]
 
     @classmethod
     def learn(cls, task: Task, features: Features) -> _Captions | None:
@@ -217,11 +239,12 @@ class _Captions:
         examples = task.examples.select(sorted(chosen[:EXAMPLES].tolist()))
         points = extract(features, to_float(examples.images))
         scorer = CaptionScorer.fit(points, encode(examples.captions))
-        texts, right = distinct(task.prompts)
-        return cls(scorer, encode(texts), torch.as_tensor(right))
+        texts, _ = distinct(task.prompts)
+        return cls(scorer, encode(texts), {text: i for i, text in enumerate(texts)})
 
-    def ranks(self, points: Tensor) -> Tensor:
-        return caption_ranks(self.scorer, points, self.right, self.candidates)
+    def ranks(self, points: Tensor, prompts: Sequence[str]) -> Tensor:
+        right = torch.tensor([self.places[prompt] for prompt in prompts])
+        return caption_ranks(self.scorer, points, right, self.candidates)
 
 
 def shown(trace: Trace, side: int) -> dict[str, Any]:

@@ -10,10 +10,12 @@ cells/FAMILY/VARIANT-sSCALE/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -67,8 +69,9 @@ MEASURES: Mapping[str, About] = {
     "caption_top5": About("right caption among the first 5", "adherence", 1, 100, "%", 1),
     "caption_rank": About("mean rank of the right caption", "adherence", -1, 1, "", 1),
     "open_entropy": About("entropy of what prompts leave open", "diversity", 1, 1, "bits"),
-    "vendi": About("Vendi score within a prompt", "diversity", 1, 1, "images"),
-    "distance": About("feature distance within a prompt", "diversity", 1),
+    "readable": About("open attributes that can be read", "diversity", 1, 100, "%", 1),
+    "vendi": About("Vendi score within a prompt", "diversity", 0, 1, "images"),
+    "distance": About("feature distance within a prompt", "diversity", 0),
     "recall": About("recall", "diversity", 1, 100, "%", 1),
     "coverage": About("coverage", "diversity", 1, 100, "%", 1),
     "kid": About("KID x 1000", "fidelity", -1, 1000, "", 1),
@@ -82,8 +85,9 @@ MEASURES: Mapping[str, About] = {
     "codebook": About("codebook used", "burn", 0, 100, "%", 1),
     "repetition": About("tokens like their neighbour", "burn", 0, 100, "%", 1),
     "strength": About("KL(guided || cond)", "strength", 0, 1, "nats an image"),
-    "rows": About("forward rows an image", "cost", -1, 1, "", 0),
+    "positions": About("token positions an image", "cost", -1, 1, "", 0),
     "seconds": About("seconds an image", "cost", -1, 1, "s", 3),
+    "rate": About("images a second", "cost", 1, 1, "", 1),
 }
 
 
@@ -104,13 +108,29 @@ class Cell:
     @property
     def folder(self) -> str:
         """Where the cell lies in the study's folder; another for every cell."""
-        words = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.variant).strip("_")
+        words = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.variant).strip("_")[:40]
+        if words != self.variant:  # letters were lost, and with them what tells it from another
+            words += "-" + hashlib.sha256(self.variant.encode()).hexdigest()[:6]
         return f"cells/{self.family}/{words}-s{scale_text(self.s)}"
 
     def __str__(self) -> str:
         """For people."""
         what = "" if self.variant == "plain" else f" {self.variant}"
         return f"{self.family}{what} s={self.s:g}"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What ``study.json`` holds.
+
+    Raises:
+        ValueError: if it is another file of this name.
+    """
+    with suppress(ValueError):  # no JSON, or no text
+        held = json.loads(file.read_text("utf-8"))
+        lists = ("families", "scales", "variants", "study")
+        if isinstance(held, dict) and all(isinstance(held.get(k), list | dict) for k in lists):
+            return held
+    raise ValueError(f"{file} is not the settings of a study: expected another folder")
 
 
 def scale_text(scale: float) -> str:
@@ -214,7 +234,7 @@ class Results:
         file = folder / "study.json"
         if not file.is_file():
             raise FileNotFoundError(f"no study in {folder}: expected the file {file.name} there")
-        settings = json.loads(file.read_text("utf-8"))
+        settings = read_settings(file)
         reference = {}
         if (folder / "reference.json").is_file():
             held = json.loads((folder / "reference.json").read_text("utf-8"))

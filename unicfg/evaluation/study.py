@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -37,9 +37,17 @@ from unicfg.evaluation import (
     tasks,
     uncertainty,
 )
+from unicfg.evaluation.features import Features
 from unicfg.evaluation.measuring import Drawn, Measuring, shown
 from unicfg.evaluation.provenance import settings_of, versions
-from unicfg.evaluation.results import COLUMNS, Cell, CellResult, Results, plain
+from unicfg.evaluation.results import (
+    COLUMNS,
+    Cell,
+    CellResult,
+    Results,
+    plain,
+    read_settings,
+)
 from unicfg.evaluation.tasks import Task, read_task
 from unicfg.guidance import Guidance
 from unicfg.guidance.spelling import read_guidance
@@ -50,6 +58,7 @@ from unicfg.settings import build, read_mapping
 BATCH = 64  # images drawn at once
 ON_THEIR_WAY = 2  # images of a cell that are shown at several moments
 MOMENTS = 8
+MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
 
 
@@ -111,10 +120,10 @@ class Study:
 
     def __post_init__(self) -> None:
         """Check all that can be checked before weights are read."""
-        for name, least in (("n", 1), ("seed", 0), ("draws", 0)):
+        for name, least, most in (("n", 1, MOST), ("seed", 0, 2**62), ("draws", 0, MOST)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an int of at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}, expected an int from {least} to {most}")
         names = [variant.name for variant in self.variants]
         cells = [Cell("", name, 0.0).folder for name in names]
         for what, values in (
@@ -122,6 +131,7 @@ class Study:
             ("scales", self.scales),
             ("variants", names),
             ("variants", cells),
+            ("open_prompts", self.open_prompts),
         ):
             if len(set(values)) != len(values):
                 raise ValueError(f"{what} is {list(values)}, expected none twice")
@@ -144,11 +154,10 @@ def read_study(file: Path | str) -> Study:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no study; names the key and what was expected.
     """
-    values = read_mapping(file, "study")
-    values = values.get("study", values)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: study is {values!r}, expected a section of keys")
-    values = dict(values)
+    if Path(file).suffix == ".json" and Path(file).is_file():
+        values = dict(read_settings(Path(file))["study"])
+    else:
+        values = read_mapping(file, "study")
     if isinstance(values.get("variants"), list):
         values["variants"] = [
             asdict(build(Variant, own, f"{file}: variants")) if isinstance(own, dict) else own
@@ -188,77 +197,141 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         for pipe in pipes.values():
             pipe.to(state.device)
     tokenizer = next(iter(pipes.values())).tokenizer
-    task = read_task(study.data, study.n, tokenizer.config.image_size, study.open_prompts)
-    jobs = list(_grid(study, pipes))
+    task = read_task(
+        study.data,
+        study.n,
+        tokenizer.config.image_size,
+        draws=study.draws,
+        open_prompts=study.open_prompts,
+    )
+    grid, left_out = _grid(study, pipes)
+    work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
     if state.is_main_process:
-        _open(study, out, task, pipes, command)
+        settings = _settings(study, task, pipes, left_out, state.num_processes)
+        _open(out, settings | {"command": command})
+        work.refer()
     state.wait_for_everyone()
-    measuring = Measuring(task, study.features, tokenizer)
-    if state.is_main_process:
-        _refer(out, measuring, _hash(_common(study, task), pipes[families[0]].digest()))
+    # what is finished is not shared out, or a process might have nothing to do
+    todo = [own for own in grid if not work.is_finished(*own)]
+    state.wait_for_everyone()
     with tqdm(
-        jobs[state.process_index :: state.num_processes],
+        todo[state.process_index :: state.num_processes],
         desc="cells",
         unit="cell",
         disable=not (progress and state.is_main_process),
     ) as bar:
         for cell, variant in bar:
             bar.set_postfix_str(str(cell))
-            _finish(cell, variant, study, task, pipes[cell.family], measuring, out / cell.folder)
+            work.finish(cell, variant, timed=state.num_processes == 1)
     state.wait_for_everyone()
     return Results.load(out)
 
 
-def _grid(study: Study, pipes: Mapping[str, TextToImage]) -> Iterator[tuple[Cell, Variant]]:
-    """Every cell; variants whose mitigations have no meaning for a family are left out there."""
+def _grid(
+    study: Study, pipes: Mapping[str, TextToImage]
+) -> tuple[list[tuple[Cell, Variant]], list[dict[str, str]]]:
+    """Every cell, and which variants are left out of which family, because their mitigations have no meaning there.
+
+    Raises:
+        ValueError: if a variant fits no family.
+    """
+    cells, left_out = [], []
     for family, pipe in pipes.items():
-        space = getattr(pipe.network, "space", None) or "logits"
-        if pipe.family == "hybrid":
-            space = pipe.network.head.space  # type: ignore[union-attr]
         for variant in study.variants:
-            for s in study.scales:
-                if variant.scales and s not in variant.scales:
-                    continue
-                try:
-                    variant.at(s).begin(space)
-                except ValueError:
-                    break
-                yield Cell(family, variant.name, s), variant
+            try:
+                variant.at(study.scales[0]).begin(pipe.space)
+            except ValueError as error:
+                left_out.append({"family": family, "variant": variant.name, "reason": str(error)})
+                continue
+            chosen = variant.scales or study.scales
+            cells += [(Cell(family, variant.name, s), variant) for s in study.scales if s in chosen]
+    for variant in study.variants:
+        why = [own["reason"] for own in left_out if own["variant"] == variant.name]
+        if len(why) == len(pipes):
+            raise ValueError(f"the variant {variant.name!r} fits no family: {why[0]}")
+    return cells, left_out
 
 
-def _finish(
-    cell: Cell,
-    variant: Variant,
-    study: Study,
-    task: Task,
-    pipe: TextToImage,
-    measuring: Measuring,
-    folder: Path,
-) -> None:
-    """Draw and measure one cell, unless that was done with the same settings."""
-    how = [pipe.digest(), pipe.sampler_settings(), variant.scale, variant.mitigations, cell.s]
-    made_with = _hash(_common(study, task), how)
-    file = folder / "cell.json"
-    with suppress(OSError, ValueError, KeyError):  # a cell that cannot be read is drawn again
-        if CellResult.from_json(json.loads(file.read_text("utf-8"))).made_with == made_with:
-            return
-    try:
-        drawn = _draw(pipe, study, task, variant.at(cell.s))
-        if not bool(drawn.images.isfinite().all()):
-            raise FloatingPointError("the images are not finite")
-        tally = measuring.cell(drawn)
-        places = pipe.network.config.grid
-        result = CellResult(
-            cell, tally.measures, tally.missing, shown(drawn.trace, places), None, made_with
+class _Work:
+    """Draws and measures the cells of one study.
+
+    The code that the numbers depend on is read once, when the work begins: it is this code that runs.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        task: Task,
+        pipes: Mapping[str, TextToImage],
+        measuring: Measuring,
+        out: Path,
+    ) -> None:
+        self.study, self.task, self.pipes, self.measuring = study, task, pipes, measuring
+        self.out = out
+        self.common = _hash(
+            task.prompts,
+            task.open_prompts,
+            [study.seed, study.draws, study.features],
+            [_digest(own) for own in (task.real, task.others, task.opened)],
+            None
+            if task.examples is None
+            else [task.examples.captions, _digest(task.examples.images)],
+            [inspect.getsource(module) for module in MEASURED_BY],
+            _source(measuring.features),
+            versions(),
         )
-        save_picture(_sheet(drawn.images, COLUMNS), folder / "images.png")
-        save_picture(_on_its_way(pipe, study, task, variant.at(cell.s)), folder / "steps.png")
-    except (FloatingPointError, ValueError) as error:
-        result = CellResult(cell, failure=str(error), made_with=made_with)
-    write_text_atomically(json.dumps(result.to_json()) + "\n", file)
+        self.digests = {family: pipe.digest() for family, pipe in pipes.items()}
+
+    def made_with(self, cell: Cell, variant: Variant) -> str:
+        """A hash of all that a cell's numbers depend on."""
+        settings = self.pipes[cell.family].sampler_settings()
+        guided = [variant.scale, variant.mitigations, cell.s]
+        return _hash(self.common, self.digests[cell.family], settings, guided)
+
+    def is_finished(self, cell: Cell, variant: Variant) -> bool:
+        """Whether the cell is there, made with the same settings and code."""
+        file = self.out / cell.folder / "cell.json"
+        # a cell that cannot be read is drawn again
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            held = CellResult.from_json(json.loads(file.read_text("utf-8")))
+            return held.made_with == self.made_with(cell, variant)
+        return False
+
+    def finish(self, cell: Cell, variant: Variant, *, timed: bool) -> None:
+        """Draw and measure one cell."""
+        pipe, guidance = self.pipes[cell.family], variant.at(cell.s)
+        folder, made_with = self.out / cell.folder, self.made_with(cell, variant)
+        (folder / "cell.json").unlink(missing_ok=True)  # it speaks of pictures that are replaced
+        try:
+            drawn = _draw(pipe, self.study, self.task, guidance, timed)
+            if not bool(drawn.images.isfinite().all()):
+                raise FloatingPointError("the images are not finite")
+            way = _on_its_way(pipe, self.study, self.task, guidance)
+        except (FloatingPointError, ValueError) as error:
+            for name in ("images.png", "steps.png"):
+                (folder / name).unlink(missing_ok=True)
+            result = CellResult(cell, failure=str(error), made_with=made_with)
+        else:
+            save_picture(_sheet(drawn.images, COLUMNS), folder / "images.png")
+            save_picture(way, folder / "steps.png")
+            tally = self.measuring.cell(drawn)
+            trace = shown(drawn.trace, pipe.network.config.grid)
+            result = CellResult(cell, tally.measures, tally.missing, trace, None, made_with)
+        write_text_atomically(json.dumps(result.to_json()) + "\n", folder / "cell.json")
+
+    def refer(self) -> None:
+        """Measure the real images, unless that was done."""
+        file = self.out / "reference.json"
+        made_with = _hash(self.common, next(iter(self.digests.values())))
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(file.read_text("utf-8"))["made_with"] == made_with:
+                return
+        measures = {name: plain(own) for name, own in self.measuring.references().items()}
+        held = {"made_with": made_with, "measures": measures}
+        write_text_atomically(json.dumps(held, indent=1) + "\n", file)
 
 
-def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance) -> Drawn:
+def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance, timed: bool) -> Drawn:
     """All images of a cell."""
     watch, last = Recorder(), _LastTokens()
 
@@ -266,7 +339,6 @@ def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance) -> Dr
         watch(step)
         last(step)
 
-    start = time.perf_counter()
     images = pipe.sample(
         task.prompts,
         seeds=range(study.seed, study.seed + len(task.prompts)),
@@ -275,21 +347,34 @@ def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance) -> Dr
         callback=see,
         head_callback=watch.head if pipe.family == "hybrid" else None,
     ).cpu()
-    seconds = (time.perf_counter() - start) / len(images)
-    start = time.perf_counter()
-    opened = [
-        pipe.sample(
-            [prompt] * study.draws,
-            seeds=range(study.seed, study.seed + study.draws),
-            guidance=guidance,
-            batch_size=BATCH,
-        ).cpu()
-        for prompt in (task.open_prompts if study.draws else ())
-    ]
-    if opened:  # these were drawn with nobody watching, which takes its time
-        seconds = (time.perf_counter() - start) / (len(opened) * study.draws)
-    ids = last.ids(pipe.network.config.grid)
-    return Drawn(images, torch.cat([images[:0], *opened]), ids, watch.trace(), seconds)
+    opened, seconds = [images[:0]], []
+    for prompt in task.open_prompts if study.draws else ():
+        start = time.perf_counter()
+        opened.append(
+            pipe.sample(
+                [prompt] * study.draws,
+                seeds=range(study.seed, study.seed + study.draws),
+                guidance=guidance,
+                batch_size=BATCH,
+            ).cpu()
+        )
+        seconds.append((time.perf_counter() - start) / study.draws)
+    trace, side = watch.trace(), pipe.network.config.grid
+    return Drawn(
+        images,
+        torch.cat(opened),
+        last.ids(side),
+        trace,
+        int(trace.branches.sum()) * _positions(pipe),
+        torch.tensor(seconds if timed else []),
+    )
+
+
+def _positions(pipe: TextToImage) -> int:
+    """How many tokens of an image one row of one step holds."""
+    one_by_one = pipe.family == "ar" or getattr(pipe.network, "order", "") == "causal"
+    patch = getattr(pipe.network.config, "patch", 1)
+    return 1 if one_by_one else pipe.network.config.grid**2 // patch**2
 
 
 class _LastTokens:
@@ -344,49 +429,25 @@ def _sheet(images: Tensor, columns: int) -> Image.Image:
     return sheet
 
 
-def _refer(out: Path, measuring: Measuring, made_with: str) -> None:
-    """Measure the real images, unless that was done."""
-    file = out / "reference.json"
-    with suppress(OSError, ValueError, KeyError):
-        if json.loads(file.read_text("utf-8"))["made_with"] == made_with:
-            return
-    measures = {name: plain(own) for name, own in measuring.references().items()}
-    held = {"made_with": made_with, "measures": measures}
-    write_text_atomically(json.dumps(held, indent=1) + "\n", file)
-
-
 # what may differ where a study goes on: other cells of the same images
 AXES = ("families", "scales", "variants")
 
 
-def _open(
-    study: Study, out: Path, task: Task, pipes: Mapping[str, TextToImage], command: str
-) -> None:
-    """Write ``study.json``, if the folder is new or holds this study.
-
-    Raises:
-        ValueError: if it holds another study, or something else.
-    """
-    file = out / "study.json"
-    settings = json.loads(json.dumps(asdict(study) | {"families": list(pipes)}))
-    if file.is_file():
-        held = json.loads(file.read_text("utf-8"))["study"]
-        other = [
-            f"{name} ({held.get(name)!r} there, {value!r} here)"
-            for name, value in settings.items()
-            if name not in AXES and held.get(name) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{out} holds another study, which differs in {', '.join(other)}: expected another folder"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there and holds no study: expected a new or an empty folder")
-    described = {
-        "study": settings,
+def _settings(
+    study: Study,
+    task: Task,
+    pipes: Mapping[str, TextToImage],
+    left_out: list[dict[str, str]],
+    processes: int,
+) -> dict[str, Any]:
+    """What ``study.json`` says."""
+    own: dict[str, Any] = json.loads(json.dumps(asdict(study) | {"families": list(pipes)}))
+    return {
+        "study": own,
         "families": list(pipes),
-        "scales": list(study.scales),
-        "variants": {own["name"]: own for own in settings["variants"]},
+        "scales": own["scales"],
+        "variants": {variant["name"]: variant for variant in own["variants"]},
+        "left_out": left_out,
         "prompts": list(task.prompts),
         "open_prompts": list(task.open_prompts),
         "captions": len(set(task.prompts)),
@@ -394,31 +455,90 @@ def _open(
         "weights": study.weights,
         "families_settings": {family: settings_of(pipe) for family, pipe in pipes.items()},
         "versions": versions(),
+        "machine": {"processes": processes, "threads": torch.get_num_threads()},
         "date": f"{datetime.now():%Y-%m-%d}",
-        "command": command,
     }
-    write_text_atomically(json.dumps(described, indent=1) + "\n", file)
 
 
-def _common(study: Study, task: Task) -> list[Any]:
-    """What all cells depend on: prompts, seeds, and the code that measures."""
-    code = [
-        inspect.getsource(module)
-        for module in (
-            accuracy,
-            attributes,
-            burn,
-            captions,
-            diversity,
-            features,
-            fidelity,
-            measuring,
-            recorder,
-            tasks,
-            uncertainty,
-        )
+def _open(out: Path, settings: dict[str, Any]) -> None:
+    """Write ``study.json``, if the folder is new, or holds this study: its grid then grows by what is new.
+
+    Raises:
+        ValueError: if it holds another study, or something else.
+    """
+    file = out / "study.json"
+    if file.is_file():
+        settings = _merged(read_settings(file), settings, out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there and holds no study: expected a new or an empty folder")
+    write_text_atomically(json.dumps(settings, indent=1) + "\n", file)
+
+
+def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The new settings with the families, scales and variants of both.
+
+    Raises:
+        ValueError: if they differ in anything else.
+    """
+    before, now = held["study"], new["study"]
+    other = [
+        f"{name} ({before.get(name)!r} there, {value!r} here)"
+        for name, value in now.items()
+        if name not in AXES and before.get(name) != value
     ]
-    return [task.prompts, task.open_prompts, study.seed, study.draws, study.features, code]
+    both = held["variants"] | new["variants"]
+    other += [
+        f"the variant {name!r}"
+        for name, own in held["variants"].items()
+        if any(both[name][key] != own.get(key) for key in ("scale", "mitigations"))
+    ]
+    if other:
+        raise ValueError(
+            f"{out} holds another study, which differs in {', '.join(other)}: expected another folder"
+        )
+    for name, own in held["variants"].items():
+        if name in new["variants"]:  # () is all scales
+            of_both = [own["scales"], new["variants"][name]["scales"]]
+            scales = sorted({*of_both[0], *of_both[1]}) if all(of_both) else []
+            both[name] = own | {"scales": scales}
+    families = list(dict.fromkeys([*held["families"], *new["families"]]))
+    scales = sorted({*held["scales"], *new["scales"]})
+    grid = {"families": families, "scales": scales}
+    left_out = [*held.get("left_out", []), *new["left_out"]]
+    return new | {
+        **grid,
+        "variants": both,
+        "study": now | grid | {"variants": list(both.values())},
+        "families_settings": held["families_settings"] | new["families_settings"],
+        "left_out": [own for i, own in enumerate(left_out) if own not in left_out[:i]],
+    }
+
+
+# what a cell's numbers depend on, beside the versions of the library and of torch
+MEASURED_BY = (
+    accuracy,
+    attributes,
+    burn,
+    captions,
+    diversity,
+    features,
+    fidelity,
+    measuring,
+    recorder,
+    tasks,
+    uncertainty,
+)
+
+
+def _source(features: Features) -> str:
+    """The code of the user's own features; "" where there is none to be had."""
+    with suppress(OSError, TypeError):
+        return inspect.getsource(inspect.getmodule(features) or features)
+    return ""
+
+
+def _digest(images: Tensor | None) -> str:
+    return "" if images is None else hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
 
 def _hash(*parts: Any) -> str:

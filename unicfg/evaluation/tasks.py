@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +15,12 @@ from unicfg.evaluation.accuracy import scene_of
 from unicfg.evaluation.diversity import OPEN
 from unicfg.evaluation.prompts import read_prompts
 from unicfg.training.data import ImageSet, read_folder
-from unicfg.training.shapes import Scene, make_shapes
+from unicfg.training.shapes import Scene, make_shapes, random_scene, render, vague_captions
 
 SHAPES = "shapes"
 SCENES_SEED = 77  # training draws its scenes from seed 0
-OTHERS_SEED = 78  # the real images that the real images are compared with
+OTHERS_SEED = 78  # of the real images that everything is compared with
+MOST_SCENES = 100_000  # looked through for those that an open prompt describes
 T = TypeVar("T")
 OPEN_PROMPTS = 4  # of data in which nothing says what a prompt leaves open
 HELD_OUT = 0.1  # of a folder that does not name its split
@@ -31,10 +33,12 @@ class Task:
     Attributes:
         prompts: one an image (N,).
         open_prompts: that are drawn many times, to see what differs.
-        leaves_open: which attributes each of these leaves open; {} where attributes cannot be read.
+        leaves_open: which attributes some of these leave open; {} where attributes cannot be read.
         scenes: what each prompt asks for (N,); () where attributes cannot be read.
-        real: the images that the prompts belong to, uint8 (N, 3, H, W); None where there are none.
-        others: as many real images of other prompts; None where there are none.
+        real: images that prompts belong to, uint8 (M, 3, H, W); None where there are none.
+        captions: of ``real`` (M,).
+        others: real images that everything is held against, the real ones included; None where there are none.
+        opened: real images of the open prompts in turn, equally many; None where there are none.
         examples: real images with captions, to learn from what captions look like; None where there are none, or where
             attributes say it better.
     """
@@ -44,19 +48,24 @@ class Task:
     leaves_open: Mapping[str, Sequence[str]]
     scenes: tuple[Scene, ...] = ()
     real: Tensor | None = None
+    captions: tuple[str, ...] = ()
     others: Tensor | None = None
+    opened: Tensor | None = None
     examples: ImageSet | None = None
 
 
-def read_task(data: str, n: int, size: int, open_prompts: Sequence[str] = ()) -> Task:
+def read_task(
+    data: str, n: int, size: int, *, draws: int = 0, open_prompts: Sequence[str] = ()
+) -> Task:
     """The task of a study.
 
     Args:
         data: "shapes", for scenes whose attributes can be read back; a folder of captioned images, see
             :func:`unicfg.training.data.read_folder`, of which the held-out ones are asked for; or a text file with
             one prompt a line.
-        n: images a cell; where there are fewer prompts, they come again, with other seeds.
+        n: images a cell; where there are fewer prompts, each comes several times, with other seeds.
         size: pixels a side of the real images.
+        draws: images of each open prompt.
         open_prompts: to be drawn many times; none takes those that suit the data.
 
     Raises:
@@ -64,30 +73,52 @@ def read_task(data: str, n: int, size: int, open_prompts: Sequence[str] = ()) ->
         ValueError: if it holds no prompts.
     """
     if data == SHAPES:
-        return _shapes(n, size, open_prompts)
+        return _shapes(n, size, draws, open_prompts)
     if Path(data).is_dir():
         return _folder(Path(data), n, size, open_prompts)
     if Path(data).is_file():
         prompts = read_prompts(Path(data))
-        return Task(
-            _repeated(prompts, n), tuple(open_prompts) or _spread(prompts, OPEN_PROMPTS), {}
-        )
+        return Task(_spread(prompts, n), tuple(open_prompts) or _few(prompts), {})
     raise FileNotFoundError(
         f"data is {data!r}, expected 'shapes', a folder of captioned images, or a text file with one prompt a line"
     )
 
 
-def _shapes(n: int, size: int, open_prompts: Sequence[str]) -> Task:
-    scenes = make_shapes(n, size=size, seed=SCENES_SEED, wrong=0.0)
+def _shapes(n: int, size: int, draws: int, open_prompts: Sequence[str]) -> Task:
+    asked = make_shapes(n, size=size, seed=SCENES_SEED, wrong=0.0)
+    scenes = tuple(scene_of(own) for own in asked.attributes)
+    # the same scenes once more, each a little elsewhere
+    again = [
+        render(scene, size, np.random.default_rng((OTHERS_SEED, i)))
+        for i, scene in enumerate(scenes)
+    ]
     chosen = tuple(open_prompts) or tuple(OPEN)
     return Task(
-        tuple(scenes.captions),
+        tuple(asked.captions),
         chosen,
-        {prompt: OPEN[prompt] for prompt in chosen} if set(chosen) <= set(OPEN) else {},
-        tuple(scene_of(own) for own in scenes.attributes),
-        scenes.images,
-        make_shapes(n, size=size, seed=OTHERS_SEED, wrong=0.0).images,
+        {prompt: OPEN[prompt] for prompt in chosen if prompt in OPEN},
+        scenes,
+        asked.images,
+        tuple(asked.captions),
+        torch.stack(again),
+        _scenes_of(chosen, size, draws),
     )
+
+
+def _scenes_of(prompts: Sequence[str], size: int, draws: int) -> Tensor | None:
+    """Scenes for which each prompt is true, ``draws`` a prompt; None where one is no prompt of the shapes."""
+    found: dict[str, list[Tensor]] = {prompt: [] for prompt in prompts}
+    for i in range(MOST_SCENES):
+        if all(len(own) >= draws for own in found.values()):
+            return (
+                torch.stack([image for own in found.values() for image in own]) if draws else None
+            )
+        rng = np.random.default_rng((OTHERS_SEED + 1, i))
+        scene = random_scene(rng, two_objects=0.0)
+        for prompt in set(vague_captions(scene)) & found.keys():
+            if len(found[prompt]) < draws:
+                found[prompt].append(render(scene, size, rng))
+    return None
 
 
 def _folder(folder: Path, n: int, size: int, open_prompts: Sequence[str]) -> Task:
@@ -96,29 +127,26 @@ def _folder(folder: Path, n: int, size: int, open_prompts: Sequence[str]) -> Tas
         raise ValueError(
             f"{folder} has {len(seen)} images to learn from and {len(held_out)} held out, expected some of both"
         )
-    places = _repeated(list(range(len(held_out))), n)
-    prompts = [held_out.captions[i] for i in places]
-    # seen images stand for what more real images would look like; order is that of the folder
+    places = _spread(range(len(held_out)), n)
+    asked = held_out.select(list(dict.fromkeys(places)))
     shuffled = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
     return Task(
-        tuple(prompts),
-        tuple(open_prompts) or _spread(held_out.captions, OPEN_PROMPTS),
+        tuple(held_out.captions[i] for i in places),
+        tuple(open_prompts) or _few(held_out.captions),
         {},
-        real=held_out.images[list(dict.fromkeys(places))],
-        others=seen.images[shuffled[:n]],
+        real=asked.images,
+        captions=tuple(asked.captions),
+        others=seen.images[shuffled[: len(asked)]],
         examples=seen,
     )
 
 
-def _spread(items: Sequence[str], count: int) -> tuple[str, ...]:
-    """Evenly spaced, none twice."""
-    distinct = list(dict.fromkeys(items))
-    count = min(count, len(distinct))
-    return tuple(distinct[i * len(distinct) // count] for i in range(count))
+def _few(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Some of the prompts, none twice."""
+    distinct = list(dict.fromkeys(prompts))
+    return _spread(distinct, min(OPEN_PROMPTS, len(distinct)))
 
 
-def _repeated(items: Sequence[T], n: int) -> tuple[T, ...]:
-    """Evenly spaced items, n of them, or all again and again."""
-    if n <= len(items):
-        return tuple(items[i * len(items) // n] for i in range(n))
-    return tuple(items[i % len(items)] for i in range(n))
+def _spread(items: Sequence[T], n: int) -> tuple[T, ...]:
+    """Evenly spaced items, n of them; where there are fewer, each several times in a row."""
+    return tuple(items[i * len(items) // n] for i in range(n))

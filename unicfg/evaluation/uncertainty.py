@@ -11,6 +11,9 @@ from torch import Tensor
 
 from unicfg.evaluation.results import Estimate, TooFew
 
+LEAST = 8  # images: of so many the error itself may be off by a quarter
+LEAST_OF_SHARE = 16  # images: of so many the error of a share is up to 12 %
+
 
 def require(measure: str, found: int, needed: int, of: str = "images") -> None:
     """Refuse a set that is too small.
@@ -32,11 +35,37 @@ def mean_over_images(measure: str, values: Tensor) -> Estimate:
     """The mean of one value an image (N,), and its standard error.
 
     Raises:
-        TooFew: if there are less than 2: the error of one is unknown.
+        TooFew: if there are less than 8.
     """
-    require(measure, len(values), 2)
+    require(measure, len(values), LEAST)
     values = values.double()
     return Estimate(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
+
+
+def share(measure: str, right: int, n: int) -> Estimate:
+    """The share of images that have a property, right / n, and its standard error, which is never 0.
+
+    The error is sqrt(p (1 - p) / n) with p = (right + 1) / (n + 2), Laplace's rule of succession: the mean of what p can
+    be after these images, if before them all of [0, 1] was as likely (Laplace 1814, "Essai philosophique sur les
+    probabilités"). With p = right / n, none or all of n images would have an error of 0. To take the error from a share
+    that is drawn towards 1/2 is the way of Agresti and Coull 1998, "Approximate is better than 'exact' for interval
+    estimation of binomial proportions", who add 2 of each kind for an interval of 95 % and move its centre too; the
+    value here is not moved.
+
+    Args:
+        measure: for which it is.
+        right: how many have the property, 0 to n.
+        n: number of images.
+
+    Raises:
+        TooFew: if there are less than 16 images.
+        ValueError: if ``right`` is not in 0 .. n.
+    """
+    require(measure, n, LEAST_OF_SHARE)
+    if not 0 <= right <= n:
+        raise ValueError(f"right is {right}, expected 0 to n = {n}")
+    p = (right + 1) / (n + 2)
+    return Estimate(right / n, (p * (1 - p) / n) ** 0.5, n)
 
 
 def leave_out(n: int, groups: int) -> Tensor:

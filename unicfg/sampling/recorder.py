@@ -1,9 +1,13 @@
 """What guidance did at every step of a sampling, in numbers that families can be compared by.
 
-A scale means another thing in logits than in noise predictions. What can be compared is how far guidance moved the
+A scale means another thing in logits than in noise predictions. What can be compared is how far guidance moves the
 distribution that the next tokens, or the next noisy latents, are drawn from: the Kullback-Leibler divergence of the
-guided step from the conditional one, in nats. Its sum over the steps is the divergence of the whole guided sampling
-from the conditional one (the chain rule, on the guided samples), and every family has it in the same unit.
+guided step from the conditional one, in nats, summed along the way that the sampling took.
+
+Where that way is drawn from these very steps, the mean of the sum is the divergence of the whole guided sampling from the
+conditional one, by the chain rule: in autoregressive sampling, in masked sampling of a fixed order ("halton"), both without
+temperature or filters, and in ancestral sampling of latents (eta = 1). Deterministic solvers walk another way through the
+same field, and an order by confidence is chosen after the draw; there it is a measure of its own.
 
 Further letters: S steps, N tokens drawn at one step in all samples.
 """
@@ -35,15 +39,15 @@ class Trace:
 
     Attributes:
         progress: of each step (S,).
-        branches: that each step ran (S,).
+        branches: that each step needed (S,); with ``refresh`` fewer were run, with "heun" twice as many.
         scale: s (S, B).
         distance: Euclidean, of the guided output from the conditional one (S, B): logits without their mean, of all
             tokens drawn at the step; predictions in the model's space; of a hybrid the root mean square over the
             steps of its head.
         kl: of the guided step from the conditional one, in nats (S, B). Tokens: of the guided softmax, before
             temperature and filters. Latents: of the ancestral step to the next noise level, whatever the solver,
-            (SNR' - SNR) / 2 * ||x0_guided - x0_cond||^2 (Kingma et al., arXiv 2107.00630, equation 13), and NaN at the
-            last step, which has no noise left. It grows where the last but one level has less noise.
+            (SNR' - SNR) / 2 * ||x0_guided - x0_cond||^2 (Kingma et al., arXiv 2107.00630, equation 13), up to
+            ``least_noise``: what would be told apart under less noise is left out, or the last steps would decide.
         entropy: of the guided softmax in nats, mean over the tokens drawn (S, B).
         cosine: of the angle between conditional and unconditional output (S, B).
         saturation: tokens: probability of the likeliest one, mean over those drawn; latents: root mean square of the
@@ -66,7 +70,7 @@ class Trace:
 
     @property
     def strength(self) -> Tensor:
-        """KL of the whole guided sampling from the conditional one, in nats a sample (B,)."""
+        """Sum of ``kl`` over all steps, in nats a sample (B,)."""
         return self.places.sum(1)
 
 
@@ -97,6 +101,13 @@ class Recorder:
 
     One recorder is for one call. Batches of one call, which start again at step 0, become further samples.
 
+    Args:
+        least_noise: ratio sigma / alpha of the finest noise under which latents are compared, > 0. The default is a
+            tenth of the data's deviation, a fifth of the distance between the levels of a quantizer of 8 levels.
+
+    Raises:
+        ValueError: if ``least_noise`` is not above 0.
+
     Example:
         >>> recorder = Recorder()
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0], callback=recorder)
@@ -104,7 +115,10 @@ class Recorder:
         >>> latents = sample_hybrid(wrapped, cond, seeds=[0], callback=recorder, head_callback=recorder.head)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least_noise: float = 0.1) -> None:
+        if not 0 < least_noise < math.inf:
+            raise ValueError(f"least_noise is {least_noise}, expected a finite number > 0")
+        self._most = least_noise**-2
         self._batches: list[list[_Moment]] = []
         self._noisy: list[list[_Noisy]] = []
         self._head: list[DenoisingStep] = []
@@ -126,7 +140,7 @@ class Recorder:
             moment, noisy = _of_denoising(step)
             self._noisy[-1].append(noisy)
         elif isinstance(step, LatentStep):
-            moment = _of_latents(step, self._head)
+            moment = _of_latents(step, self._head, self._most)
             self._head = []
         else:
             moment = _of_tokens(step)
@@ -149,7 +163,7 @@ class Recorder:
             )
         for batch, noisy in zip(self._batches, self._noisy, strict=True):
             if noisy:
-                _weigh(batch, noisy)
+                _weigh(batch, noisy, self._most)
         first = self._batches[0]
         columns = {
             name: torch.cat(
@@ -252,7 +266,7 @@ def _of_denoising(step: DenoisingStep) -> tuple[_Moment, _Noisy]:
     alpha, sigma = (float(level.double().max()) for level in (step.level.alpha, step.level.sigma))
     ratio = (alpha / sigma) ** 2 if sigma > 0 else math.inf
     moment = _moment(step, len(step.outputs), numbers, torch.zeros_like(squares))
-    return moment, _Noisy(ratio, squares)
+    return moment, _Noisy(ratio, squares.cpu())
 
 
 def _by_place(x: Tensor) -> Tensor:
@@ -262,19 +276,23 @@ def _by_place(x: Tensor) -> Tensor:
     return x.sum(2) if x.ndim == 3 else x.flatten(1).sum(1, keepdim=True)
 
 
-def _nats(noisy: Sequence[_Noisy]) -> list[Tensor]:
-    """KL (B, L) of each step but the last from its noise level and the next one's."""
-    return [(then.ratio - now.ratio) / 2 * now.squares for now, then in itertools.pairwise(noisy)]
+def _nats(noisy: Sequence[_Noisy], most: float) -> list[Tensor]:
+    """KL (B, L) of each step from its noise level to the next one's, the last one's to none, up to alpha^2 / sigma^2 = most."""
+    ratios = [min(own.ratio, most) for own in noisy] + [most]
+    return [
+        max(then - now, 0.0) / 2 * own.squares
+        for own, (now, then) in zip(noisy, itertools.pairwise(ratios), strict=True)
+    ]
 
 
-def _weigh(batch: list[_Moment], noisy: Sequence[_Noisy]) -> None:
+def _weigh(batch: list[_Moment], noisy: Sequence[_Noisy], most: float) -> None:
     """Fill in ``kl`` and ``places`` of denoising steps, now that all noise levels are known."""
-    for moment, nats in zip(batch, _nats(noisy), strict=False):
+    for moment, nats in zip(batch, _nats(noisy, most), strict=True):
         moment.numbers["kl"] = nats.sum(1)
         moment.places.copy_(nats)
 
 
-def _of_latents(step: LatentStep, head: Sequence[DenoisingStep]) -> _Moment:
+def _of_latents(step: LatentStep, head: Sequence[DenoisingStep], most: float) -> _Moment:
     """Of the tokens that a hybrid drew, from the steps of its head."""
     batch, length = step.known.shape
     absent = torch.full((batch,), math.nan, dtype=torch.float64, device=step.known.device)
@@ -290,8 +308,7 @@ def _of_latents(step: LatentStep, head: Sequence[DenoisingStep]) -> _Moment:
         numbers["distance"] = distances.square().mean(0).sqrt()
         numbers["cosine"] = cosines.mean(0)
         numbers["saturation"] = seen[-1][0].numbers["saturation"]
-        steps = _nats([noisy for _, noisy in seen])
-        nats = _summed(steps) if steps else nats
+        nats = _summed(_nats([noisy for _, noisy in seen], most)).to(nats.device)
         numbers["kl"] = nats.sum(1)
     return _moment(step, len(step.states), numbers, places.scatter_(1, step.places, nats))
 

@@ -154,7 +154,7 @@ def make_shapes(
     attributes: list[dict[str, Any]] = []
     for i in range(n):
         rng = np.random.default_rng((seed, i))
-        scene = _random_scene(rng, two_objects)
+        scene = random_scene(rng, two_objects)
         images[i] = render(scene, size, rng)
         kind, caption = _caption(scene, wrong, unrelated, two_objects, rng)
         captions.append(caption)
@@ -234,8 +234,13 @@ def draw_thing(
         pen.polygon((_OUTLINES[thing.shape] * d + centre).ravel().tolist(), fill)
 
 
-def _random_scene(rng: np.random.Generator, two_objects: float) -> Scene:
-    """A scene with uniformly drawn attributes; two objects always differ in some of them."""
+def random_scene(rng: np.random.Generator, two_objects: float) -> Scene:
+    """A scene with uniformly drawn attributes; two objects always differ in some of them.
+
+    Args:
+        rng: source of the draws.
+        two_objects: chance of a second object.
+    """
     background = _pick(rng, tuple(BACKGROUNDS))
     first = _random_thing(rng)
     if rng.random() >= two_objects:
@@ -257,15 +262,15 @@ def _caption(
     """The caption that an image gets, and of which kind it is."""
     draw = rng.random()
     if draw < wrong / 2:
-        return "vague", _pick(rng, _vague_captions(scene))
+        return "vague", _pick(rng, vague_captions(scene))
     if draw < wrong:
         return "wrong", describe(_alter(scene, rng))
     if draw < wrong + unrelated:
-        return "unrelated", describe(_random_scene(rng, two_objects))
+        return "unrelated", describe(random_scene(rng, two_objects))
     return "exact", describe(scene)
 
 
-def _vague_captions(scene: Scene) -> list[str]:
+def vague_captions(scene: Scene) -> list[str]:
     """Captions that are true and say less than the exact one."""
     shapes = [f"a {thing.shape}" for thing in scene.objects]
     colours = [f"{_article(thing.colour)} {thing.colour} shape" for thing in scene.objects]
