@@ -177,8 +177,9 @@ def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
         )
 
 
-def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_path):
-    options = ["compare", "--data", prompts, "--weights", weights, "-n", "8", "--draws", "2"]
+def test_two_processes_share_the_cells_and_find_the_same(weights, tmp_path):
+    # enough for all measures: some of them would wait for the other process, if they were let
+    options = ["compare", "--data", "shapes", "--weights", weights, "-n", "130", "--draws", "2"]
     options += ["--scales", "1", "3", "--families", "ar", "flow", "--features", "pixels"]
     script = tmp_path / "go.py"
     script.write_text(
@@ -206,8 +207,7 @@ def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_p
     alone = run(
         Study(
             weights,
-            prompts,
-            n=8,
+            n=130,
             draws=2,
             scales=(1.0, 3.0),
             families=("ar", "flow"),
@@ -223,8 +223,9 @@ def test_two_processes_share_the_cells_and_find_the_same(weights, prompts, tmp_p
     for ours, theirs in zip(both.cells, alone.cells, strict=True):
         name = f"{ours.cell.folder}/images.png"
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-        strengths = [own.measures["strength"].value for own in (ours, theirs)]
-        assert strengths[0] == pytest.approx(strengths[1], rel=1e-4)
+        for measure in ("strength", "kid", "fd", "precision"):
+            found = [own.measures[measure].value for own in (ours, theirs)]
+            assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_scale_that_makes_nan_is_reported_and_the_study_goes_on(

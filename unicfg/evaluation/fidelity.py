@@ -52,7 +52,9 @@ def kid(real: Tensor, fake: Tensor) -> Estimate:
     with warnings.catch_warnings():
         # that it keeps all features, which are here already
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance`", UserWarning)
-        metric = module.KernelInceptionDistance(nn.Identity(), subsets=HALVES, subset_size=half)
+        metric = module.KernelInceptionDistance(
+            nn.Identity(), subsets=HALVES, subset_size=half, sync_on_compute=False
+        )
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +113,8 @@ class _Given(nn.Identity):
 
 def _frechet(real: Tensor, fake: Tensor) -> float:
     module = require_extra("torchmetrics.image.fid")
-    metric = module.FrechetInceptionDistance(_Given(real.shape[1]))
+    # other processes have other images: without this it would wait for them, and mix theirs in
+    metric = module.FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return float(metric.compute())
