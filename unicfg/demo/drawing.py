@@ -184,6 +184,19 @@ def draw(pipes: Mapping[str, TextToImage], request: Request) -> Generator[Frame,
     return _frames(pipes, request)
 
 
+# the process is about to end, for all drawings alike: torch crashes where it still computes then
+_ending = threading.Event()
+DRAWING = "unicfg-demo"  # name of the threads that draw
+
+
+def end() -> None:
+    """Stop all drawings of this process at their next step, wait for them, and begin no other."""
+    _ending.set()
+    for thread in threading.enumerate():
+        if thread.name == DRAWING:
+            thread.join()
+
+
 class _Gone(Exception):
     """Nobody waits for the pictures any more."""
 
@@ -201,7 +214,7 @@ class _Outlet:
         Raises:
             _Gone: if so.
         """
-        if self.closed.is_set() or not threading.main_thread().is_alive():
+        if self.closed.is_set() or _ending.is_set() or not threading.main_thread().is_alive():
             raise _Gone
 
     def show(self, frame: Frame) -> None:
@@ -228,7 +241,7 @@ def _frames(pipes: Mapping[str, TextToImage], request: Request) -> Generator[Fra
             outlet.frames.put(None)
 
     # no daemon: torch crashes if the program ends while it computes
-    threading.Thread(target=work, name="unicfg-demo").start()
+    threading.Thread(target=work, name=DRAWING).start()
     try:
         while (frame := outlet.frames.get()) is not None:
             yield frame

@@ -21,6 +21,7 @@ from unicfg.demo.drawing import (
     Request,
     code,
     draw,
+    end,
 )
 
 try:
@@ -431,4 +432,8 @@ def launch(
         raise ValueError(f"families is {list(names)}, expected at least one, and none twice")
     page = build({name: TextToImage.from_pretrained(weights, name) for name in names}, weights)
     print(f"the page is at {start(page, host, port)}")
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
+        end()
