@@ -29,14 +29,14 @@ NUMBERS = {
         "kid": (0.004, 0.002, 0.001, 0.003, 0.009),
         "chroma": (0.10, 0.12, 0.13, 0.16, 0.20),
         "strength": (5.0, 0.0, 1.0, 10.0, 100.0),
-        "rows": (64.0, 64.0, 128.0, 128.0, 128.0),
+        "positions": (64.0, 64.0, 128.0, 128.0, 128.0),
     },
     "flow": {
         "attributes": (0.20, 0.70, 0.85, 0.95, 0.90),
         "open_entropy": (2.3, 2.1, 2.0, 1.9, 1.5),
         "chroma": (0.10, 0.12, 0.125, 0.14, 0.20),
         "strength": (4.0, 0.0, 0.5, 5.0, 20.0),
-        "rows": (30.0, 30.0, 60.0, 60.0, 60.0),
+        "positions": (30.0, 30.0, 60.0, 60.0, 60.0),
     },
 }
 ERRORS = {"attributes": 0.02, "open_entropy": 0.05, "kid": math.nan, "chroma": 0.001}
@@ -84,6 +84,7 @@ def write_cell(folder: Path, result: CellResult, pictures: bool = True) -> None:
 def write_study(folder: Path, families=("ar", "flow"), scales=SCALES, **settings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     held = {
+        "study": {},
         "families": list(families),
         "scales": list(scales),
         "variants": {
@@ -666,3 +667,17 @@ def test_in_a_browser_the_slider_shows_other_images(study, page):
         browser.close()
     assert said == []
     assert all(url.startswith(("file:", "data:")) for url in asked) and asked
+
+
+def test_the_digest_has_the_numbers_of_every_cell(study):
+    write_report(study)
+    text = (study / "digest.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    (ar,) = (row for row in rows if row[0] == "| ar" and row[1:3] == ["4", "91.0 +- 2.0"])
+    assert ar[3:5] == ["1.40 +- 0.05", "16.0 +- 0.1"]
+    (mitigated,) = (row for row in rows if row[0] == "| ar" and row[2].startswith("apg"))
+    # of 2.0 bits at s = 1 plain guidance has 1.0 left and this has 1.75
+    assert mitigated[1] == "8" and mitigated[3:5] == ["70.0 +- 2.0", "1.75 +- 0.05"]
+    assert mitigated[6] == "75"
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ar | 8 | ")}
+    assert len(widths) == 2

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tokenizers_vq.hub import write_text_atomically
 from unicfg.evaluation.report.comparisons import MATCHED, among_captions, equal_strength, summary
+from unicfg.evaluation.report.digest import digest
 from unicfg.evaluation.report.drawing import Drawing, csv_text
 from unicfg.evaluation.report.figures import curves, pareto
 from unicfg.evaluation.report.images import images_of, steps_of
@@ -72,6 +73,7 @@ def write_report(folder: Path | str) -> Path:
     jsonl = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     write_text_atomically(jsonl, results.folder / "results.jsonl")
     write_text_atomically(_flat(lines), results.folder / "results.csv")
+    write_text_atomically(digest(results), results.folder / "digest.md")
     page = results.folder / "report.html"
     write_text_atomically(_page(_headline(results), sections), page)
     return page
