@@ -43,6 +43,8 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/masked.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/diffusion.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/families.py --out benchmarks/results
+	$(BIN)/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	$(BIN)/python benchmarks/unet.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png

@@ -1,5 +1,6 @@
 """What the README shows is what happens: its Python runs, its files exist, its weights draw."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers_vq import to_float
 from unicfg import Guidance
 from unicfg.evaluation.accuracy import attribute_accuracy, scene_of
 from unicfg.evaluation.attributes import read_scenes
+from unicfg.evaluation.study import read_study
 from unicfg.training.shapes import make_shapes
 
 LEAST_ACCURACY = 90.0  # percent, of every family at its best scale
@@ -71,6 +73,7 @@ def test_speeds_of_the_readme_are_those_of_the_committed_tables():
     for cells in (
         [masked[1, f"guided, against {who}, guided"] for who in peers],
         [diffusion[batch, "guided, against DiTPipeline, guided"] for batch in (1, 8)],
+        [ratios("unet")[batch, "guided as theirs, against theirs"] for batch in (1, 8)],
     ):
         assert f"| {' / '.join(value + ' x' for value in cells)} |" in README
 
@@ -165,3 +168,26 @@ def test_guidance_draws_more_of_the_prompt_in_every_family(family):
 
     assert accuracy(0.0) < 0.5 < accuracy(1.0) < accuracy(3.0)
     assert accuracy(3.0) > 0.75
+
+
+def test_numbers_of_the_page_on_studies_are_those_of_the_committed_tables():
+    page = (ROOT / "docs/studies/README.md").read_text()
+    for name, measure, digits in (("shapes", "attributes", 1), ("emoji", "caption_top5", 1)):
+        lines = (ROOT / f"docs/studies/{name}/results.csv").read_text().splitlines()
+        rows = [
+            dict(zip(lines[0].split(","), next(csv.reader([line])), strict=True))
+            for line in lines[1:]
+        ]
+        assert len(rows) == {"shapes": 100, "emoji": 20}[name]
+        for row in rows:
+            value, error = (100 * float(row[key]) for key in (measure, f"{measure}_error"))
+            if name == "emoji" and row["variant"] == "plain" and row["s"] not in ("1.5",):
+                assert f"{value:.{digits}f} +- {error:.{digits}f}" in page
+            elif name == "shapes" and row["variant"] == "plain" and row["s"] == "15.0":
+                assert f"{value:.{digits}f}" in page
+    own = read_study(ROOT / "docs/studies/shapes/study.json")
+    # what is committed is what the file of the study asks for
+    asked = read_study(ROOT / "examples/studies/shapes.yaml")
+    assert (own.n, own.scales, own.variants) == (asked.n, asked.scales, asked.variants)
+    targets = re.findall(r"\]\(([^)#:]+)[)#]", page)
+    assert [t for t in targets if not (ROOT / "docs/studies" / t).exists()] == []
