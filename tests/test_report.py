@@ -572,7 +572,7 @@ def test_caption_measures_tell_among_how_many(tmp_path, name, settings, sections
 
 def test_how_strengths_of_families_compare_is_told_with_their_curves(page):
     (held,) = re.findall(r'<section id="at-equal-strength">.*?</section>', page, re.DOTALL)
-    words = "compare families by order of magnitude, and curves within a family exactly."
+    words = "compare tokens with latents by order of magnitude, and curves within a family exactly."
     assert words in held and page.count(words) == 1
 
 

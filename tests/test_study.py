@@ -433,3 +433,32 @@ def test_the_python_of_the_page_on_comparing_runs():
         held: dict = {}
         exec(compile(block, "comparing.md", "exec"), held)
         assert float(held["trace"].strength) > 0
+
+
+def test_cells_of_weights_that_have_changed_are_no_longer_reported(tmp_path):
+    folder, out = tmp_path / "weights", tmp_path / "out"
+    for family in ("ar", "flow"):
+        pipeline(family=family).save_pretrained(folder)
+    plan = Study(str(folder), families=("ar", "flow"), **SMALL)
+    assert len(run(plan, out, progress=False).cells) == 4
+    pipeline(seed=1, family="flow").save_pretrained(folder)
+    one = Study(str(folder), families=("flow",), **{**SMALL, "scales": (3.0,)})
+    found = [own.cell for own in run(one, out, progress=False).cells]
+    # the cell of flow at 1 is of the old weights
+    assert Cell("flow", "plain", 1.0) not in found and Cell("flow", "plain", 3.0) in found
+
+
+def test_a_study_file_can_be_narrowed_and_whole_numbers_are_the_same_scales(
+    weights, tmp_path, capsys
+):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(
+        f"n: 20\ndraws: 0\nfeatures: pixels\nscales: [1, 3, 5]\nfamilies: [ar]\nweights: {weights}\n"
+        'variants: [{name: plain}, {name: late, scale: "interval(s, 0.5, 1)", scales: [3, 5]}]\n'
+    )
+    run_cli(["compare", "--study", str(file), "--scales", "3", "--out", str(out)])
+    times = {own: own.stat().st_mtime_ns for own in out.rglob("cell.json")}
+    assert len(times) == 2
+    run_cli(["compare", "--study", str(file), "--out", str(out)])
+    assert all(own.stat().st_mtime_ns == then for own, then in times.items())
+    assert len(Results.load(out).cells) == 5

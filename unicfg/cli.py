@@ -279,6 +279,19 @@ def _study(
 
     settings = Study() if file is None else read_study(file)
     changes: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if "scales" in changes:  # the file's variants at those of its scales that are still asked for
+        kept = [
+            (own, tuple(s for s in own.scales if s in changes["scales"]))
+            for own in settings.variants
+        ]
+        changes["variants"] = tuple(
+            dataclasses.replace(own, scales=scales)
+            for own, scales in kept
+            if scales or not own.scales
+        )
+        settings = dataclasses.replace(
+            settings, variants=changes["variants"], scales=changes["scales"]
+        )
     extra = [Variant(text, scale=text) for text in schedules]
     extra += [Variant(text, mitigations=text) for text in mitigations]
     if extra:

@@ -192,7 +192,9 @@ class Measuring:
         real = self.others
         equal = min(len(real), len(points))
         tally.add(("kid",), lambda: kid(real, points))
-        tally.add(("fd",), lambda: fd(real[:equal], points[:equal]))
+        # evenly spaced: images of one prompt stand together
+        some = [torch.arange(equal) * len(own) // equal for own in (real, points)]
+        tally.add(("fd",), lambda: fd(real[some[0]], points[some[1]]))
         tally.add(names[2:], lambda: neighbourhood(real, points))
 
     def _burn(self, tally: Tally, images: Tensor, ids: Tensor | None) -> None:

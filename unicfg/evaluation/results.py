@@ -152,6 +152,7 @@ class CellResult:
             of columns.
         failure: why there are no images; None where there are.
         made_with: a hash of all that the numbers depend on: weights, sampler, prompts, seeds, measures.
+        source: a hash of that part of it which all cells of a family share.
     """
 
     cell: Cell
@@ -160,6 +161,7 @@ class CellResult:
     trace: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     made_with: str = ""
+    source: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For ``cell.json`` and the lines of ``results.jsonl``."""
@@ -172,6 +174,7 @@ class CellResult:
             "trace": dict(self.trace),
             "failure": self.failure,
             "made_with": self.made_with,
+            "source": self.source,
         }
 
     @classmethod
@@ -184,6 +187,7 @@ class CellResult:
             held["trace"],
             held["failure"],
             held["made_with"],
+            held["source"],
         )
 
 
@@ -225,7 +229,7 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path | str) -> Results:
-        """Read a study's folder.
+        """Read a study's folder; cells that were made with other weights, data or code than the last run had are left out.
 
         Raises:
             FileNotFoundError: if there is no study.
@@ -239,7 +243,7 @@ class Results:
         if (folder / "reference.json").is_file():
             held = json.loads((folder / "reference.json").read_text("utf-8"))
             reference = {name: estimates(own) for name, own in held["measures"].items()}
-        found = [
+        every = [
             CellResult.from_json(
                 json.loads((folder / cell.folder / "cell.json").read_text("utf-8"))
             )
@@ -249,6 +253,9 @@ class Results:
             for cell in [Cell(family, variant, s)]
             if (folder / cell.folder / "cell.json").is_file()
         ]
+        # cells of weights, code or data that are no longer those of their family are drawn again by the next run
+        sources = settings.get("sources", {})
+        found = [own for own in every if sources.get(own.cell.family, own.source) == own.source]
         return cls(settings, reference, tuple(found), folder)
 
     def of(self, family: str, variant: str = "plain") -> list[CellResult]:

@@ -78,6 +78,10 @@ class Variant:
     mitigations: str = ""
     scales: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Keep scales as floats, as those of the study."""
+        object.__setattr__(self, "scales", tuple(map(float, self.scales)))
+
     def at(self, s: float) -> Guidance:
         """The guidance at a scale.
 
@@ -120,6 +124,8 @@ class Study:
 
     def __post_init__(self) -> None:
         """Check all that can be checked before weights are read."""
+        # 5 and 5.0 are one scale, and are to be one in what is hashed
+        object.__setattr__(self, "scales", tuple(map(float, self.scales)))
         for name, least, most in (("n", 1, MOST), ("seed", 0, 2**62), ("draws", 0, MOST)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -205,10 +211,14 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         open_prompts=study.open_prompts,
     )
     grid, left_out = _grid(study, pipes)
+    settings = _settings(study, task, pipes, left_out, state.num_processes)
+    _fitting(out, settings)  # refused before features are computed
     work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
     if state.is_main_process:
-        settings = _settings(study, task, pipes, left_out, state.num_processes)
-        _open(out, settings | {"command": command})
+        settings |= {"command": command, "sources": work.sources}
+        write_text_atomically(
+            json.dumps(_fitting(out, settings), indent=1) + "\n", out / "study.json"
+        )
         work.refer()
     state.wait_for_everyone()
     # what is finished is not shared out, or a process might have nothing to do
@@ -281,6 +291,7 @@ class _Work:
             versions(),
         )
         self.digests = {family: pipe.digest() for family, pipe in pipes.items()}
+        self.sources = {family: _hash(self.common, own) for family, own in self.digests.items()}
 
     def made_with(self, cell: Cell, variant: Variant) -> str:
         """A hash of all that a cell's numbers depend on."""
@@ -301,22 +312,23 @@ class _Work:
         """Draw and measure one cell."""
         pipe, guidance = self.pipes[cell.family], variant.at(cell.s)
         folder, made_with = self.out / cell.folder, self.made_with(cell, variant)
+        source = self.sources[cell.family]
         (folder / "cell.json").unlink(missing_ok=True)  # it speaks of pictures that are replaced
         try:
             drawn = _draw(pipe, self.study, self.task, guidance, timed)
-            if not bool(drawn.images.isfinite().all()):
+            if not all(bool(own.isfinite().all()) for own in (drawn.images, drawn.opened)):
                 raise FloatingPointError("the images are not finite")
             way = _on_its_way(pipe, self.study, self.task, guidance)
         except (FloatingPointError, ValueError) as error:
             for name in ("images.png", "steps.png"):
                 (folder / name).unlink(missing_ok=True)
-            result = CellResult(cell, failure=str(error), made_with=made_with)
+            result = CellResult(cell, failure=str(error), made_with=made_with, source=source)
         else:
             save_picture(_sheet(drawn.images, COLUMNS), folder / "images.png")
             save_picture(way, folder / "steps.png")
             tally = self.measuring.cell(drawn)
             trace = shown(drawn.trace, pipe.network.config.grid)
-            result = CellResult(cell, tally.measures, tally.missing, trace, None, made_with)
+            result = CellResult(cell, tally.measures, tally.missing, trace, None, made_with, source)
         write_text_atomically(json.dumps(result.to_json()) + "\n", folder / "cell.json")
 
     def refer(self) -> None:
@@ -460,18 +472,18 @@ def _settings(
     }
 
 
-def _open(out: Path, settings: dict[str, Any]) -> None:
-    """Write ``study.json``, if the folder is new, or holds this study: its grid then grows by what is new.
+def _fitting(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings for ``study.json``: these in a new folder; where it holds this study, its grid grows by what is new.
 
     Raises:
         ValueError: if it holds another study, or something else.
     """
     file = out / "study.json"
     if file.is_file():
-        settings = _merged(read_settings(file), settings, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _merged(read_settings(file), settings, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and holds no study: expected a new or an empty folder")
-    write_text_atomically(json.dumps(settings, indent=1) + "\n", file)
+    return settings
 
 
 def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -510,6 +522,7 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
         "variants": both,
         "study": now | grid | {"variants": list(both.values())},
         "families_settings": held["families_settings"] | new["families_settings"],
+        "sources": held.get("sources", {}) | new.get("sources", {}),
         "left_out": [own for i, own in enumerate(left_out) if own not in left_out[:i]],
     }
 

@@ -37,7 +37,7 @@ class Task:
         scenes: what each prompt asks for (N,); () where attributes cannot be read.
         real: images that prompts belong to, uint8 (M, 3, H, W); None where there are none.
         captions: of ``real`` (M,).
-        others: real images that everything is held against, the real ones included; None where there are none.
+        others: other real images, that everything is held against, ``real`` included; None where there are none.
         opened: real images of the open prompts in turn, equally many; None where there are none.
         examples: real images with captions, to learn from what captions look like; None where there are none, or where
             attributes say it better.

@@ -34,8 +34,9 @@ def digest(results: Results) -> str:
     """
     names = [name for group in GROUPS if (name := lead(results, group))]
     n, command = results.settings.get("n"), results.settings.get("command")
+    made = f" Made by `{command}`." if command else ""
     lines = [
-        f"Estimates +- standard errors, {n} images a cell. Made by `{command}`.",
+        f"Estimates +- standard errors, {n} images a cell.{made}",
         "",
         *_table(["family", "s", *map(heading, names)], _over_scales(results, names)),
     ]

@@ -195,8 +195,8 @@ def _curves(results: Results, over: Literal["s", "strength"]) -> list[Html | Dra
         "model is from the ordinary one. s = 1 has strength 0 and stands at the left end: the axis is logarithmic except "
         "for its first part, from 0 to the first tick. Cells whose strength is not known are left out. Scales below 1 push "
         "the other way: hollow, dashed. The strength of latents (diffusion, flow, hybrid) is that of ancestral steps on "
-        "the sampler's own noise levels without the last one, and grows with finer last steps: compare families by order "
-        "of magnitude, and curves within a family exactly."
+        "the sampler's own noise levels, down to a noise of a tenth of the data: compare tokens with latents by order of "
+        "magnitude, and curves within a family exactly."
     )
     about += among_captions(results, measured(results, "adherence"))
     return [paragraph(about, "note"), *drawings]
