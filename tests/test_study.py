@@ -462,3 +462,23 @@ def test_a_study_file_can_be_narrowed_and_whole_numbers_are_the_same_scales(
     run_cli(["compare", "--study", str(file), "--out", str(out)])
     assert all(own.stat().st_mtime_ns == then for own, then in times.items())
     assert len(Results.load(out).cells) == 5
+
+
+def test_real_images_are_the_same_in_every_process():
+    """Strings are hashed with another seed in each: nothing may follow the order of a set of them."""
+    code = (
+        "import hashlib; from unicfg.evaluation.tasks import read_task\n"
+        "task = read_task('shapes', 4, 16, draws=16)\n"
+        "print(hashlib.sha256(task.opened.numpy().tobytes()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1

@@ -115,9 +115,10 @@ def _scenes_of(prompts: Sequence[str], size: int, draws: int) -> Tensor | None:
             )
         rng = np.random.default_rng((OTHERS_SEED + 1, i))
         scene = random_scene(rng, two_objects=0.0)
-        for prompt in set(vague_captions(scene)) & found.keys():
-            if len(found[prompt]) < draws:
-                found[prompt].append(render(scene, size, rng))
+        true = vague_captions(scene)
+        for prompt, own in found.items():  # in their order: each draws from rng
+            if prompt in true and len(own) < draws:
+                own.append(render(scene, size, rng))
     return None
 
 
