@@ -12,6 +12,8 @@ BIN := .venv/bin
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# benchmarks/unet.py and its parity tests; without its torchvision, which needs another build of torch
+	$(BIN)/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
 demo: .venv/installed
@@ -43,7 +45,6 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/masked.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/diffusion.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/families.py --out benchmarks/results
-	$(BIN)/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	$(BIN)/python benchmarks/unet.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
