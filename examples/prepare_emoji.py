@@ -48,6 +48,7 @@ GROUPS = (  # emojibase numbers them in this order
     "flags",
 )
 OPTIONAL_GROUPS = ("component", "flags")  # not pictures of a thing; flags are a blur at 32 px
+LARGEST = 4096  # pixels a side of a picture
 VAL_CONCEPTS = 0.05  # share of concepts held out in all styles
 VAL_PAIRS = 0.10  # share of (concept, style) pairs held out of those that have all styles
 
@@ -191,21 +192,31 @@ def npm_sources(modules: Path) -> Sources:
 
     Raises:
         FileNotFoundError: if a package is not in ``modules``.
+        ValueError: if the file of names is damaged.
     """
     data = modules / "emojibase-data/en/data.json"
     folders = {modules / source.folder: source for source in NPM_SOURCES}
     for path in (data, *folders):
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing, expected the npm packages in {modules}")
+    try:
+        concepts = _npm_concepts(json.loads(data.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{data} is not what emojibase writes: {error!r}") from error
+    licences = [f"{s.package}: {s.licence}" for s in NPM_SOURCES]
+    return folders, concepts, [*licences, f"{NPM_NAMES}: {NPM_NAMES_LICENCE}"]
+
+
+def _npm_concepts(names: list[dict[str, Any]]) -> dict[str, Concept]:
+    """Concepts by key."""
     concepts: dict[str, Concept] = {}
-    for emoji in json.loads(data.read_text(encoding="utf-8")):
+    for emoji in names:
         # Letters of the flags have no group of their own.
         group = GROUPS[emoji["group"]] if "group" in emoji else "component"
         for form in (emoji, *emoji.get("skins", ())):
             tags = tuple(emoji.get("tags", ()))
             concepts[emoji_key(form["hexcode"])] = Concept(form["label"], tags, group)
-    licences = [f"{s.package}: {s.licence}" for s in NPM_SOURCES]
-    return folders, concepts, [*licences, f"{NPM_NAMES}: {NPM_NAMES_LICENCE}"]
+    return concepts
 
 
 def pip_sources() -> Sources:
@@ -259,7 +270,7 @@ def find_pictures(
     """All pictures of the chosen groups that have a name, in a fixed order.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or one is a link: it could be of another's file.
     """
     pictures: dict[tuple[str, str], Picture] = {}
     for folder, source in sources.items():
@@ -270,6 +281,8 @@ def find_pictures(
                 continue
             if concept.group not in groups or (not skin_tones and _has_tone(key)):
                 continue
+            if file.is_symlink():
+                raise ValueError(f"{file} is a link, expected a picture")
             # Some vendors ship a picture twice, with and without a variation selector.
             pictures.setdefault(
                 (source.style, key),
@@ -363,8 +376,14 @@ def on_white(file: Path, size: int) -> Image.Image:
     Raises:
         OSError: if it cannot be read.
     """
-    with Image.open(file) as opened:
-        image = opened.convert("RGBA")
+    try:
+        with Image.open(file, formats=("PNG", "WEBP")) as opened:
+            if max(opened.size) > LARGEST:
+                raise ValueError(f"it has {opened.size} pixels, expected {LARGEST} a side at most")
+            image = opened.convert("RGBA")
+    # what Pillow raises for what is no whole picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{file} cannot be read: {error}") from error
     side = max(image.size)  # a few pictures are a little higher than wide
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -20,7 +20,10 @@ from models.blocks import (
 )
 from models.compiled import compiled_method
 from models.packed import pack
-from tokenizers_vq.hub import FORMAT_VERSION, check_format_version
+from tokenizers_vq.hub import FORMAT_VERSION, check_counts, check_format_version
+
+# far beyond what anyone trains: larger numbers are a damaged or a hostile file
+MOST_WIDTH, MOST_DEPTH, MOST_SIDE = 1 << 16, 512, 256
 
 
 @dataclass
@@ -39,22 +42,12 @@ class BodyConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         check_format_version(self.format_version)
-        check_positive(self, "grid", "condition_vocabulary", "condition_length", "depth")
-        if self.heads < 1 or self.width % self.heads:
+        check_counts(self, grid=MOST_SIDE, condition_vocabulary=1 << 24, condition_length=1 << 12)
+        check_counts(self, width=MOST_WIDTH, depth=MOST_DEPTH, heads=MOST_WIDTH)
+        if self.width % self.heads:
             raise ValueError(f"width is {self.width}, expected a multiple of heads ({self.heads})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability below 1")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        ValueError: names the field.
-    """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
 
 
 class Body(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import AdaLN, AdaLNZero, EncodedCondition, Modulation, TimeEmbedding, modulate
-from models.body import Body, BodyConfig, check_positive, initialize
+from models.body import MOST_SIDE, Body, BodyConfig, initialize
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin
+from tokenizers_vq.hub import StrictHubMixin, check_counts
 from unicfg.guidance.spaces import Space, check_space
 from unicfg.sampling.paths import PATHS, Path
 
@@ -28,7 +28,7 @@ class LatentDenoiserConfig(BodyConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        check_positive(self, "latent_channels", "patch")
+        check_counts(self, latent_channels=1 << 12, patch=MOST_SIDE)
         if self.grid % self.patch:
             raise ValueError(f"patch is {self.patch}, expected a divisor of the grid {self.grid}")
         check_path_and_space(self.path, self.space)

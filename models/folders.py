@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,10 +22,13 @@ from tokenizers_vq.hub import (
     WEIGHTS,
     check_format_version,
     read_json,
+    read_tensors,
     write_text_atomically,
 )
 
 DESCRIPTION = "pipeline.json"
+# what is read of a repository; nothing else of it is downloaded
+FILES = [DESCRIPTION, "text.json", f"*/{CONFIG}", "*/*.safetensors"]
 
 
 def describe(folder: Path, families: Sequence[str]) -> None:
@@ -48,13 +52,13 @@ def families_beside(folder: Path, repo_id: str, token: str | None) -> list[str]:
         return Path(hf_hub_download(repo_id, file, token=token))
 
     try:
-        families: list[str] = read_json(fetch(DESCRIPTION))["families"]
+        families = _families(fetch(DESCRIPTION))
     except (GatedRepoError, LocalEntryNotFoundError):
         raise  # nothing is known of it
     except (RepositoryNotFoundError, EntryNotFoundError):
         return []
     for file in ("text.json", f"tokenizer/{CONFIG}", f"tokenizer/{WEIGHTS}"):
-        if fetch(file).read_bytes() != (folder / file).read_bytes():
+        if not _same(fetch(file), folder / file):
             raise ValueError(
                 f"{repo_id} holds {', '.join(families)} with another {file}, expected families of one tokenizer (saved "
                 "in one dtype): take another repository"
@@ -69,12 +73,37 @@ def held_families(name: Path | str) -> list[str]:
         FileNotFoundError: if there is no such pipeline; says where it was looked for.
         ValueError: if its description was written by another release, or is damaged.
     """
-    description = read_json(find_weights(name) / DESCRIPTION)
-    check_format_version(description.get("format_version"))
+    return _families(find_weights(name) / DESCRIPTION)
+
+
+def _families(file: Path) -> list[str]:
+    """The families that a description lists.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it was written by another release, or is damaged.
+    """
+    description = read_json(file)
+    try:
+        check_format_version(description.get("format_version", 1))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     families = description.get("families")
-    if not isinstance(families, list):
-        raise ValueError(f"{name} holds the families {families}, expected a list in {DESCRIPTION}")
+    if not isinstance(families, list) or not all(isinstance(own, str) for own in families):
+        raise ValueError(f"{file}: families is {families!r:.200}, expected a list of names")
     return families
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same; another release may have written it in other bytes."""
+    if one.name == WEIGHTS:
+        tensors, others = read_tensors(one)[0], read_tensors(other)[0]
+        return tensors.keys() == others.keys() and all(
+            own.dtype == others[name].dtype and torch.equal(own, others[name])
+            for name, own in tensors.items()
+        )
+    held = [{"format_version": 1} | read_json(file) for file in (one, other)]
+    return held[0] == held[1]
 
 
 def shipped_weights() -> dict[str, Path]:
@@ -98,6 +127,6 @@ def find_weights(name: Path | str) -> Path:
     if Path(name).exists() or str(name).count("/") != 1:
         raise FileNotFoundError(f"no pipeline at {str(name)!r}: {known}")
     try:
-        return Path(snapshot_download(str(name)))
+        return Path(snapshot_download(str(name), allow_patterns=FILES))
     except Exception as error:  # the hub client has no common base class for "not to be had"
         raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error

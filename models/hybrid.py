@@ -21,11 +21,11 @@ from models.blocks import (
     TimeEmbedding,
     modulate,
 )
-from models.body import Body, BodyConfig, check_positive, initialize, previous_tokens
+from models.body import MOST_DEPTH, MOST_WIDTH, Body, BodyConfig, initialize, previous_tokens
 from models.compiled import compiled_method
 from models.denoiser import check_path_and_space
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin
+from tokenizers_vq.hub import StrictHubMixin, check_counts
 from unicfg.guidance.core import guide_unchecked
 
 Denoise = Callable[[Tensor], Tensor]
@@ -232,7 +232,7 @@ class HybridTransformerConfig(BodyConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        check_positive(self, "latent_channels", "head_width", "head_depth")
+        check_counts(self, latent_channels=1 << 12, head_width=MOST_WIDTH, head_depth=MOST_DEPTH)
         if self.order not in ("causal", "masked"):
             raise ValueError(f"order is {self.order!r}, expected 'causal' or 'masked'")
         check_path_and_space(self.path, self.space)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from models.text import TextTokenizer
-from tokenizers_vq.hub import read_json, write_text_atomically
+from tokenizers_vq.hub import (
+    FORMAT_VERSION,
+    check_format_version,
+    read_json,
+    shortened,
+    write_text_atomically,
+)
 
 
 class PromptEncoder(Protocol):
@@ -88,7 +94,9 @@ class ClassLabels:
 
     def save(self, file: Path | str) -> None:
         """Write the names into a JSON file."""
-        text = json.dumps({"classes": self.names}, indent=2, ensure_ascii=False)
+        text = json.dumps(
+            {"format_version": FORMAT_VERSION, "classes": self.names}, indent=2, ensure_ascii=False
+        )
         write_text_atomically(text + "\n", Path(file))
 
 
@@ -97,11 +105,16 @@ def load_prompt_encoder(file: Path) -> PromptEncoder:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds something else.
+        ValueError: if the file holds something else, or another release wrote it.
     """
-    classes = read_json(file).get("classes")
-    if classes is None:
+    values = read_json(file)
+    if "classes" not in values:
         return TextTokenizer.load(file)
+    classes = values["classes"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{file}: classes is {classes!r}, expected a list of names")
-    return ClassLabels(classes)
+        raise ValueError(f"{file}: classes is {classes!r:.200}, expected a list of names")
+    try:
+        check_format_version(values.get("format_version", 1))
+        return ClassLabels(classes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {shortened(error)}") from error

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.hub import check_format_version, read_json, shortened, write_text_atomically
 
 PAD, NULL, END = "[PAD]", "[NULL]", "[END]"
 SPECIAL = (PAD, NULL, END)
+LONGEST = 1 << 12  # tokens of a caption, at most
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +32,27 @@ class TextTokenizer:
         length: T, tokens of every encoded caption.
 
     Raises:
-        ValueError: if a special token is missing from ``bpe``, or ``length`` is less than 1.
+        ValueError: if a special token is missing from ``bpe``, its ids are not 0, 1, 2, ..., it cuts captions itself, or
+            ``length`` is less than 1 or more than ``LONGEST``.
     """
 
     def __init__(self, bpe: Tokenizer, length: int = 32) -> None:
-        if length < 1:
-            raise ValueError(f"length is {length}, expected at least 1")
+        if not 1 <= length <= LONGEST:
+            raise ValueError(f"length is {length}, expected at least 1 and at most {LONGEST}")
+        if bpe.truncation is not None:
+            raise ValueError(f"truncation is {bpe.truncation}, expected none: length says it")
         known = bpe.get_vocab()
         missing = [token for token in SPECIAL if token not in known]
         if missing:
             raise ValueError(f"the BPE vocabulary lacks the special tokens {missing}")
+        # an embedding has a row for each id
+        if sorted(known.values()) != list(range(len(known))):
+            raise ValueError(
+                f"the BPE vocabulary has {len(known)} tokens with ids up to {max(known.values())}, "
+                "expected the ids 0, 1, 2, ..., each once"
+            )
         self.bpe = bpe
+        bpe.encode_special_tokens = True  # special tokens typed by a user are text, not commands
         self.length = length
         self._pad, self._null, self._end = (known[token] for token in SPECIAL)
 
@@ -88,8 +101,6 @@ class TextTokenizer:
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError(f"captions is {captions!r}, expected a list of strings")
         ids = torch.full((len(captions), self.length), self._pad)
-        # special tokens typed by a user are text, not commands
-        self.bpe.encode_special_tokens = True
         cut: list[tuple[str, str]] = []
         for row, encoding in enumerate(self.bpe.encode_batch(list(captions))):
             tokens = encoding.ids
@@ -122,18 +133,50 @@ class TextTokenizer:
     def load(cls, file: Path | str) -> TextTokenizer:
         """Read what :meth:`save` wrote.
 
+        Regular expressions in the file are refused: on some texts they can take for ever.
+
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else.
+            ValueError: if the file holds something else, or another release wrote it.
         """
-        if not Path(file).is_file():
+        file = Path(file)
+        if not file.is_file():
             raise FileNotFoundError(f"no text tokenizer at {file}")
         try:
-            bpe = Tokenizer.from_file(str(file))
+            values = read_json(file)
+            # the format is that of the library tokenizers; a release that changes ours will say so
+            check_format_version(values.pop("format_version", 1))
+            _check_tokenizer(values)
+            bpe = Tokenizer.from_str(json.dumps(values))
+        except OSError:
+            raise
         except Exception as error:  # the library raises plain Exception for anything unreadable
-            raise ValueError(f"{file} is no tokenizer file: {error}") from error
-        if bpe.padding is None or not bpe.padding.get("length"):
+            raise ValueError(f"{file} is no tokenizer file: {shortened(error)}") from error
+        length = (bpe.padding or {}).get("length")
+        if not length:
             raise ValueError(f"{file} states no fixed length")
-        length = bpe.padding["length"]
         bpe.no_padding()
-        return cls(bpe, length)
+        try:
+            return cls(bpe, length)
+        except ValueError as error:
+            raise ValueError(f"{file}: {shortened(error)}") from error
+
+
+def _check_tokenizer(values: Any) -> None:
+    """Refuse what the library would take, and run into later.
+
+    Raises:
+        ValueError: names what.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("model is no BPE")
+    if model.get("dropout"):
+        raise ValueError(f"model: dropout is {model['dropout']!r}, expected none: it would draw")
+    parts = [values]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict) and "Regex" in part:
+            raise ValueError(f"it holds the regular expression {part['Regex']!r}, expected none")
+        inner = part.values() if isinstance(part, dict) else part
+        parts += [own for own in inner if isinstance(own, dict | list)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import EncodedCondition, KVCache
-from models.body import Body, BodyConfig, check_positive, initialize, previous_tokens
+from models.body import Body, BodyConfig, initialize, previous_tokens
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin
+from tokenizers_vq.hub import StrictHubMixin, check_counts
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TokenTransformerConfig(BodyConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        check_positive(self, "codebook_size")
+        check_counts(self, codebook_size=1 << 24)
 
 
 class TokenTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["token-model"]):

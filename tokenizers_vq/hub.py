@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import dacite
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -20,6 +23,13 @@ from tokenizers_vq.cards import CARD, Facts, upload, write_card
 
 FORMAT_VERSION = 1  # written into every config; a reader refuses what it does not know
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CHECKSUM = "sha256"  # key of the metadata of our safetensors files
+MOST_JSON = MOST_HEADER = 16 << 20  # bytes; parsed they take up to 30 times as much memory
+FLOATS = {
+    "F32",
+    "F16",
+    "BF16",
+}  # what float32 weights may be stored as: each of them is exact in it
 
 
 def check_format_version(version: object) -> None:
@@ -28,34 +38,61 @@ def check_format_version(version: object) -> None:
     Raises:
         ValueError: if ``version`` is not the one this release reads.
     """
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         raise ValueError(
             f"format_version is {version}, expected {FORMAT_VERSION}: "
-            "the weights were written by another release of unicfg"
+            "it was written by another release of unicfg"
         )
 
 
+def check_counts(config: object, **most: int) -> None:
+    """Refuse fields of a configuration that are no whole numbers from 1 to the most that is allowed.
+
+    The bounds are far beyond what fits into a machine of today, and near enough for nothing to overflow.
+
+    Args:
+        config: a dataclass.
+        most: by field, the largest value.
+
+    Raises:
+        TypeError: if a field is no int.
+        ValueError: if one is out of its range; names the field.
+    """
+    for name, largest in most.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, expected an int")
+        if not 1 <= value <= largest:
+            raise ValueError(f"{name} is {value}, expected at least 1 and at most {largest}")
+
+
 def write_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is there whole or not at all.
+    """Write a safetensors file that is there whole or not at all, with a checksum that :func:`read_tensors` verifies.
+
+    Args:
+        tensors: by name.
+        file: where.
+        metadata: of the file; the checksum is added to it.
 
     Raises:
         OSError: if it cannot be written, a full disk for one; what stood there before is untouched.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(beside: Path) -> None:
+        try:
+            save_file(held, beside, metadata | {CHECKSUM: _checksum(held, metadata)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata)
-        with open(beside, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(beside, file)
-    except (OSError, SafetensorError) as error:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        _write_beside(file, write)
+    except OSError as error:
+        size = sum(t.numel() * t.element_size() for t in held.values())
         raise OSError(
             f"could not write {file} ({size / 1e6:.1f} MB): {error}. "
             "Free some disk space; what was saved before is whole"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_text_atomically(text: str, file: Path) -> None:
@@ -64,48 +101,186 @@ def write_text_atomically(text: str, file: Path) -> None:
     Raises:
         OSError: if it cannot be written; what stood there before is untouched.
     """
+    try:
+        _write_beside(file, lambda beside: beside.write_text(text, "utf-8"))
+    except OSError as error:
+        raise OSError(f"could not write {file}: {error}") from error
+
+
+def _write_beside(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a file's place, then move it there; neither a kill nor a power cut leaves half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, "utf-8")
+        write(beside)
+        _to_disk(beside)
         os.replace(beside, file)
-    except OSError as error:
-        raise OSError(f"could not write {file}: {error}") from error
+        with suppress(OSError):  # a folder cannot be synced everywhere: then the rename may be lost
+            _to_disk(file.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of names, dtypes, shapes and bytes of tensors on the CPU, and of all other metadata."""
+    named = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(sorted(named.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().data
+        )  # the memory itself, no copy
+    return digest.hexdigest()
+
+
+def read_json(file: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """A JSON object.
+
+    Args:
+        file: to read.
+        most: bytes that it may have.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else; names the file.
+        OSError: if it cannot be read.
+        ValueError: if it is too large, or holds something else; names the file.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    text = read_bounded(file, most)
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is no JSON that can be read: it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}, expected an object")
     return values
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+def read_bounded(file: Path, most: int) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if there are more than ``most``.
+    """
+    with file.open("rb") as handle:
+        content = handle.read(most + 1)
+    if len(content) > most:
+        raise ValueError(
+            f"{file} has {file.stat().st_size} bytes, expected at most {most} of a file of this kind"
+        )
+    return content
+
+
+class Stored(NamedTuple):
+    """What the header of a safetensors file says of a tensor: its shape, and its dtype as in "F32"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_tensors(
+    file: Path, check: Callable[[Mapping[str, Stored]], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    A checksum is verified where there is one: files of other tools and of older releases have none.
+
+    Args:
+        file: to read.
+        check: is told what the file holds before a tensor is read, to refuse it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated or damaged.
+        OSError: if it cannot be read.
+        ValueError: if it is truncated or damaged; what ``check`` raises.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no weights at {file}: expected a safetensors file")
+    with file.open("rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if length > MOST_HEADER:
+        raise ValueError(
+            f"{file} is no whole safetensors file: its header would have {length} bytes, "
+            f"expected at most {MOST_HEADER}"
+        )
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as handle:
+            names = list(handle.keys())
+            if check is not None:
+                parts = {name: handle.get_slice(name) for name in names}
+                check({k: Stored(tuple(v.get_shape()), v.get_dtype()) for k, v in parts.items()})
+            metadata: dict[str, str] = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is no whole safetensors file: {shortened(error)}") from error
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+        raise ValueError(
+            f"{file} is damaged: its {CHECKSUM} is not the one that it was written with; take a whole copy"
+        )
+    return tensors, metadata
+
+
+def load_tensors(file: Path, expected: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that holds just what is expected.
+
+    Names, shapes and dtypes are compared before anything is read. Half precision is taken for any floating point, since it
+    is exact in float32; float64 and integers are not. Numbers that are not finite are taken: samplers refuse what comes of them.
+
+    Args:
+        file: to read.
+        expected: tensors of these names, shapes and kinds, on any device.
+        owner: what they are for, in errors.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or if names, shapes or dtypes differ.
+    """
+
+    def check(stored: Mapping[str, Stored]) -> None:
+        _check_fits(stored, expected, file, owner)
+
+    return read_tensors(file, check)[0]
+
+
+def _check_fits(
+    stored: Mapping[str, Stored], expected: Mapping[str, Tensor], file: Path, owner: str
+) -> None:
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{file} does not fit {owner}: missing keys {missing[:8]}, "
+            f"unexpected keys {unexpected[:8]!s:.500} ({len(missing)} and {len(unexpected)} in all)"
+        )
+    for name, (shape, dtype) in stored.items():
+        wanted = expected[name]
+        if shape != wanted.shape:
+            raise ValueError(
+                f"{file}: {name} has shape {shape}, {owner} expects {tuple(wanted.shape)}"
+            )
+        kinds = FLOATS if wanted.is_floating_point() else {_DTYPES.get(wanted.dtype)}
+        if dtype not in kinds:
+            raise ValueError(
+                f"{file}: {name} is {dtype}, {owner} expects {' or '.join(sorted(map(str, kinds)))}: "
+                "another would change the numbers"
+            )
+
+
+# of buffers that are no floats
+_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -115,22 +290,9 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, or if keys or shapes differ; names them.
+        ValueError: if the file is truncated or damaged, or if keys, shapes or dtypes differ; names them.
     """
-    tensors, expected = load_tensors(file), model.state_dict()
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{file} does not fit {type(model).__name__}: missing keys {missing[:8]}, "
-            f"unexpected keys {unexpected[:8]} ({len(missing)} and {len(unexpected)} in all)"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, "
-                f"{type(model).__name__} expects {tuple(expected[name].shape)}"
-            )
+    tensors = load_tensors(file, model.state_dict(), type(model).__name__)
     model.load_state_dict(tensors, strict=True)
 
 
@@ -160,15 +322,15 @@ class StrictHubMixin(PyTorchModelHubMixin):
         if not folder.is_dir():
             files = [CONFIG, WEIGHTS]
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-        values = read_json(folder / CONFIG)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            config = dacite.from_dict(cls.config_class, values, dacite.Config(strict=True))
-        except (dacite.DaciteError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        config = _read_config(cls.config_class, folder / CONFIG)
+        # shapes cost nothing: what the file does not hold is not made room for
+        with torch.device("meta"):
+            shapes = cls(config)
+        assert isinstance(shapes, nn.Module)
+        tensors = load_tensors(folder / WEIGHTS, shapes.state_dict(), cls.__name__)
         model = cls(config)
         assert isinstance(model, nn.Module)
-        load_weights(model, folder / WEIGHTS)
+        model.load_state_dict(tensors, strict=True)
         model.eval()
         return model
 
@@ -226,6 +388,33 @@ class StrictHubMixin(PyTorchModelHubMixin):
         about = f"A `{kind}` of unicfg, {count:.1f} M parameters."
         tags = self._hub_mixin_info.model_card_data.tags or []
         write_card(folder, name, about, code, facts, tags)
+
+
+def _read_config(config_class: type[Any], file: Path) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if another release wrote it, a key is unknown, or a value is of another type or out of its range.
+    """
+    values = read_json(file)
+    try:
+        # first: another release may have other keys
+        check_format_version(values.get("format_version", 1))
+        kinds = {own.name: str(own.type) for own in fields(config_class)}
+        for name, value in values.items():
+            if kinds.get(name, "").startswith("tuple") and not isinstance(value, list):
+                raise ValueError(f"{name} is {value!r:.100}, expected a list")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return dacite.from_dict(config_class, values, dacite.Config(strict=True))
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {shortened(error)}") from error
+
+
+def shortened(error: Exception, most: int = 500) -> str:
+    """The text of an error, cut where a value of a hostile file would fill the screen."""
+    text = str(error)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -29,7 +29,10 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
-        self.fsq = FSQ(list(levels))
+        # it computes with its levels at once, which the meta device cannot
+        with torch.device("cpu"):
+            fsq = FSQ(list(levels))
+        self.fsq = fsq.to(torch.get_default_device())
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize features (B, C, h, w)."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vq.hub import FORMAT_VERSION, StrictHubMixin, check_format_version
+from tokenizers_vq.hub import FORMAT_VERSION, StrictHubMixin, check_counts, check_format_version
 from tokenizers_vq.networks import Decoder, Encoder
 from tokenizers_vq.quantizers import FiniteScalarQuantizer, Quantized, VectorQuantizer
+
+# far beyond what anyone trains: larger numbers are a damaged or a hostile file
+MOST_CODES, MOST_PIXELS, MOST_WIDTH = 1 << 18, 1 << 13, 1 << 14
 
 
 @dataclass
@@ -31,7 +36,8 @@ class VQTokenizerConfig:
     def __post_init__(self) -> None:
         """Check the values; JSON gives lists where tuples were."""
         check_format_version(self.format_version)
-        self.levels = tuple(self.levels)
+        check_counts(self, image_size=MOST_PIXELS, factor=256, width=MOST_WIDTH, depth=256)
+        check_counts(self, codebook_size=MOST_CODES, codebook_dim=1 << 12)
         if self.factor < 2 or self.factor % 2:
             raise ValueError(f"factor is {self.factor}, expected an even number of pixels >= 2")
         if self.image_size < self.factor or self.image_size % self.factor:
@@ -40,8 +46,17 @@ class VQTokenizerConfig:
             )
         if self.width < 16 or self.width % 16:
             raise ValueError(f"width is {self.width}, expected a multiple of 16")
+        if not isinstance(self.levels, Sequence) or any(
+            type(own) is not int for own in self.levels
+        ):
+            raise TypeError(f"levels is {self.levels!r}, expected a list of ints")
+        self.levels = tuple(self.levels)
         if not self.levels or min(self.levels) < 3:
             raise ValueError(f"levels is {self.levels}, expected numbers of at least 3")
+        if math.prod(self.levels) > MOST_CODES:
+            raise ValueError(
+                f"levels is {self.levels}, expected a product of at most {MOST_CODES} codes"
+            )
         if self.quantizer not in ("fsq", "vq"):
             raise ValueError(f"quantizer is {self.quantizer!r}, expected 'fsq' or 'vq'")
 
@@ -83,6 +98,25 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
         self.decoder = Decoder(config.factor, config.width, config.depth, channels)
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, *, revision: str | None = None) -> Self:  # type: ignore[override]
+        """Load a local folder, or a repository on the Hugging Face hub, in eval mode on the CPU.
+
+        Args:
+            name: folder or repository with ``config.json`` and ``model.safetensors``.
+            revision: branch, tag or commit of a repository.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is damaged or belongs to another model, or a weight is not finite: nobody looks at
+                what a decoder makes before it is a picture.
+        """
+        tokenizer = super().from_pretrained(name, revision=revision)
+        for key, tensor in tokenizer.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name}: {key} holds NaN or infinity, expected finite numbers")
+        return tokenizer
 
     @property
     def codebook_size(self) -> int:

@@ -9,7 +9,69 @@ from typing import Any, TypeVar
 import dacite
 import yaml
 
+from tokenizers_vq.hub import read_bounded, shortened
+
 T = TypeVar("T")
+
+MOST_BYTES, MOST_VALUES, DEEPEST = (
+    1 << 17,
+    20_000,
+    20,
+)  # far beyond what a person writes, and read in seconds
+LARGEST = 1 << 53  # up to here each whole number is a float
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no tags, no key twice, and no aliases that stand for more than fits into memory."""
+
+    depth = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.sizes: dict[int, int] = {}  # values that a finished node stands for, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        alias = isinstance(event, yaml.AliasEvent)
+        if not alias and event.tag is not None:
+            raise _refused(f"found the tag {event.tag!r}, expected none", event)
+        if self.depth >= DEEPEST:
+            raise _refused(f"it is nested more than {DEEPEST} deep", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias and id(node) not in self.sizes:
+            raise _refused(f"*{event.anchor} stands inside of itself", event)
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            node.value.encode()  # half of a character, written as \ud800, is none
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.value in seen or key.value == "<<"):
+                    raise _refused(f"found the key {key.value!r} twice, or one that merges", key)
+                seen.add(str(key.value))
+                parts += (key, value)
+        self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
+        if self.sizes[id(node)] > MOST_VALUES:
+            raise _refused(f"it holds more than {MOST_VALUES} values, aliases counted", event)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if number.bit_length() > 63:
+            raise ValueError(f"a number has {number.bit_length()} bits, expected at most 63")
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _refused(problem: str, place: Any) -> yaml.YAMLError:
+    """An error that names the line of an event or a node."""
+    return yaml.composer.ComposerError(None, None, problem, place.start_mark)
 
 
 def read_mapping(file: Path | str, what: str) -> dict[str, Any]:
@@ -21,14 +83,16 @@ def read_mapping(file: Path | str, what: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML, or no mapping.
+        OSError: if it cannot be read.
+        ValueError: if it is no YAML, or no mapping; has tags or a key twice; or is too deep or too long, aliases counted.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no {what} at {file}, expected a YAML file")
+    content = read_bounded(Path(file), MOST_BYTES)
     try:
-        values = yaml.safe_load(Path(file).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        values = yaml.load(content.decode("utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers and dates that are none
+        raise ValueError(f"{file} is no YAML: {shortened(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
     return values
@@ -51,8 +115,9 @@ def build(section: type[T], values: dict[str, Any], where: str) -> T:
             _typed(values, section, where),
             dacite.Config(strict=True),
         )
-    except dacite.DaciteError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        text = shortened(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, Any]:
@@ -65,20 +130,28 @@ def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, 
     typed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
+            raise ValueError(f"{where}: unknown key {key!r:.100}, expected one of {sorted(known)}")
         kind, factory = str(known[key].type), known[key].default_factory
         if isinstance(factory, type):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} is {value!r}, expected a section of keys")
+                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a section of keys")
             value = _typed(value, factory, f"{where}: {key}")
         elif kind.startswith("tuple"):
             if not isinstance(value, list):
-                raise ValueError(f"{where}: {key} is {value!r}, expected a list")
+                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a list")
+            if "bool" not in kind and any(isinstance(own, bool) for own in value):
+                raise ValueError(
+                    f"{where}: {key} is {value!r:.100}, expected no true or false in it"
+                )
             value = tuple(value)
+        elif kind.startswith("int") and isinstance(value, bool):
+            raise ValueError(f"{where}: {key} is {value!r}, expected a whole number")
         elif kind.startswith("float") and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
-                raise ValueError(f"{where}: {key} is {value!r}, expected a number{hint}")
+                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a number{hint}")
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{where}: {key} has {value.bit_length()} bits, expected a number")
             value = float(value)
         typed[key] = value
     return typed

@@ -11,16 +11,18 @@ cells/FAMILY/VARIANT-sSCALE/
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tokenizers_vq.hub import FORMAT_VERSION, check_format_version, read_json, shortened
+
 COLUMNS = 16  # images a row in images.png
+MOST_BYTES = 1 << 26  # of a file of a study
+MOST_CELLS = 100_000
 Group = Literal["adherence", "diversity", "fidelity", "burn", "strength", "cost"]
 
 
@@ -123,14 +125,43 @@ def read_settings(file: Path) -> dict[str, Any]:
     """What ``study.json`` holds.
 
     Raises:
-        ValueError: if it is another file of this name.
+        FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
+        ValueError: if it is another file of this name, is damaged, or was written by another release.
     """
-    with suppress(ValueError):  # no JSON, or no text
-        held = json.loads(file.read_text("utf-8"))
-        lists = ("families", "scales", "variants", "study")
-        if isinstance(held, dict) and all(isinstance(held.get(k), list | dict) for k in lists):
-            return held
-    raise ValueError(f"{file} is not the settings of a study: expected another folder")
+    try:
+        held = read_json(file, MOST_BYTES)
+        check_format_version(held.get("format_version", FORMAT_VERSION))
+        _check_settings(held)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not the settings of a study ({shortened(error)}): expected another folder"
+        ) from error
+    return held
+
+
+def _check_settings(held: Mapping[str, Any]) -> None:
+    """Refuse settings from which the cells cannot be found.
+
+    Raises:
+        ValueError: names the key.
+    """
+    kinds = {"families": list, "scales": list, "variants": dict, "study": dict}
+    for key, kind in (kinds | {"sources": dict} if "sources" in held else kinds).items():
+        if not isinstance(held.get(key), kind):
+            raise ValueError(f"{key} is {held.get(key)!r:.100}, expected a {kind.__name__}")
+    for family in held["families"]:
+        # it names a folder
+        if not isinstance(family, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", family):
+            raise ValueError(f"families holds {family!r:.100}, expected letters and digits")
+    for s in held["scales"]:
+        _finite(s, "one of scales")
+    for name, own in held["variants"].items():
+        if not isinstance(own, dict):
+            raise ValueError(f"the variant {name!r:.100} is {own!r:.100}, expected an object")
+    cells = len(held["families"]) * len(held["variants"]) * len(held["scales"])
+    if cells > MOST_CELLS:
+        raise ValueError(f"it has {cells} cells, expected at most {MOST_CELLS}")
 
 
 def scale_text(scale: float) -> str:
@@ -179,13 +210,23 @@ class CellResult:
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> CellResult:
-        """From what :meth:`to_json` made."""
+        """From what :meth:`to_json` made.
+
+        Raises:
+            ValueError: if a key is missing, or a value of another kind; names it.
+        """
+        texts = {"family": str, "variant": str, "made_with": str, "source": str}
+        for key, kind in (texts | {"missing": dict, "trace": dict}).items():
+            if not isinstance(held.get(key), kind):
+                raise ValueError(f"{key} is {held.get(key)!r:.100}, expected a {kind.__name__}")
+        if not isinstance(failure := held.get("failure"), str | None):
+            raise ValueError(f"failure is {failure!r:.100}, expected a str or null")
         return cls(
-            Cell(held["family"], held["variant"], held["s"]),
-            estimates(held["measures"]),
+            Cell(held["family"], held["variant"], _finite(held.get("s"), "s")),
+            estimates(held.get("measures")),
             held["missing"],
             held["trace"],
-            held["failure"],
+            failure,
             held["made_with"],
             held["source"],
         )
@@ -199,16 +240,52 @@ def plain(measures: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]
     }
 
 
-def estimates(held: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    """Estimates by name, from JSON, in which NaN is null."""
-    return {
-        name: Estimate(_number(own["value"]), _number(own["error"]), int(own["n"]))
-        for name, own in held.items()
-    }
+def estimates(held: Any) -> dict[str, Estimate]:
+    """Estimates by name, from JSON, in which NaN is null.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if not isinstance(held, Mapping):
+        raise ValueError(f"measures is {held!r:.100}, expected an object")
+    found = {}
+    for name, own in held.items():
+        if not isinstance(own, Mapping) or own.keys() != set(Estimate._fields):
+            raise ValueError(f"{name} is {own!r:.100}, expected value, error and n")
+        value, error = (
+            math.nan if own[key] is None else _finite(own[key], f"{name}: {key}")
+            for key in ("value", "error")
+        )
+        found[name] = Estimate(value, error, int(_finite(own["n"], f"{name}: n")))
+    return found
 
 
-def _number(held: float | None) -> float:
-    return float("nan") if held is None else float(held)
+def _finite(held: Any, where: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(held, bool) or not isinstance(held, int | float) or not abs(held) < 1e300:
+        raise ValueError(f"{where} is {held!r:.100}, expected a finite number")
+    return held
+
+
+def read_cell(file: Path) -> CellResult:
+    """What ``cell.json`` holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
+        ValueError: if it is damaged; names the file.
+    """
+    held = read_json(file, MOST_BYTES)
+    try:
+        return CellResult.from_json(held)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: {error}; remove it, and the study draws this cell anew"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -233,30 +310,33 @@ class Results:
 
         Raises:
             FileNotFoundError: if there is no study.
+            OSError: if a file cannot be read.
+            ValueError: if a file is damaged, or another release wrote it; names it.
         """
         folder = Path(folder)
         file = folder / "study.json"
         if not file.is_file():
             raise FileNotFoundError(f"no study in {folder}: expected the file {file.name} there")
         settings = read_settings(file)
-        reference = {}
-        if (folder / "reference.json").is_file():
-            held = json.loads((folder / "reference.json").read_text("utf-8"))
-            reference = {name: estimates(own) for name, own in held["measures"].items()}
-        every = [
-            CellResult.from_json(
-                json.loads((folder / cell.folder / "cell.json").read_text("utf-8"))
-            )
+        grid = [
+            Cell(family, variant, s)
             for family in settings["families"]
             for variant in settings["variants"]
             for s in settings["scales"]
-            for cell in [Cell(family, variant, s)]
-            if (folder / cell.folder / "cell.json").is_file()
         ]
+        every = []
+        for cell in grid:
+            file = folder / cell.folder / "cell.json"
+            if not file.is_file():
+                continue
+            result = read_cell(file)
+            if result.cell != cell:
+                raise ValueError(f"{file} is of the cell {result.cell}, expected {cell}")
+            every.append(result)
         # cells of weights, code or data that are no longer those of their family are drawn again by the next run
         sources = settings.get("sources", {})
         found = [own for own in every if sources.get(own.cell.family, own.source) == own.source]
-        return cls(settings, reference, tuple(found), folder)
+        return cls(settings, _references(folder / "reference.json"), tuple(found), folder)
 
     def of(self, family: str, variant: str = "plain") -> list[CellResult]:
         """The cells of one curve that have images, by scale."""
@@ -267,3 +347,21 @@ class Results:
             and result.failure is None
         ]
         return sorted(own, key=lambda result: result.cell.s)
+
+
+def _references(file: Path) -> dict[str, dict[str, Estimate]]:
+    """What ``reference.json`` holds; nothing where there is none.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged; names the file.
+    """
+    if not file.is_file():
+        return {}
+    measures = read_json(file, MOST_BYTES).get("measures")
+    try:
+        if not isinstance(measures, dict):
+            raise ValueError(f"measures is {measures!r:.100}, expected an object")
+        return {name: estimates(own) for name, own in measures.items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; remove it, and the study measures it anew") from error

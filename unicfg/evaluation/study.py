@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.folders import held_families
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.hub import FORMAT_VERSION, read_json, write_text_atomically
 from tokenizers_vq.images import to_images
 from unicfg.evaluation import (
     accuracy,
@@ -46,18 +46,21 @@ from unicfg.evaluation.results import (
     CellResult,
     Results,
     plain,
+    read_cell,
     read_settings,
 )
 from unicfg.evaluation.tasks import Task, read_task
 from unicfg.guidance import Guidance
 from unicfg.guidance.spelling import read_guidance
 from unicfg.pictures import save_picture
+from unicfg.processes import join_processes
 from unicfg.sampling import Recorder, Step, TokenStep, UnmaskingStep, recorder
 from unicfg.settings import build, read_mapping
 
 BATCH = 64  # images drawn at once
 ON_THEIR_WAY = 2  # images of a cell that are shown at several moments
 MOMENTS = 8
+MOST_CELLS = 10_000  # of one family
 MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
 
@@ -144,6 +147,11 @@ class Study:
         for what, group in (("scales", self.scales), ("variants", self.variants)):
             if not group:
                 raise ValueError(f"{what} is empty, expected at least one")
+        if len(self.scales) * len(self.variants) > MOST_CELLS:
+            raise ValueError(
+                f"there are {len(self.scales)} scales and {len(self.variants)} variants, "
+                f"expected at most {MOST_CELLS} cells a family"
+            )
         for variant in self.variants:
             for s in variant.scales or self.scales:
                 if s not in self.scales:
@@ -192,10 +200,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         OSError: if something cannot be written; what is finished stays.
         ImportError: if a measure needs what is not installed; names the extra.
     """
-    from accelerate import PartialState
-
-    # one process may be done long before another; without cpu= it takes no notice of the others where there is no GPU
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = join_processes()
     out = Path(out)
     families = study.families or tuple(held_families(study.weights))
     pipes = {family: TextToImage.from_pretrained(study.weights, family) for family in families}
@@ -304,8 +309,7 @@ class _Work:
         file = self.out / cell.folder / "cell.json"
         # a cell that cannot be read is drawn again
         with suppress(OSError, ValueError, KeyError, TypeError):
-            held = CellResult.from_json(json.loads(file.read_text("utf-8")))
-            return held.made_with == self.made_with(cell, variant)
+            return read_cell(file).made_with == self.made_with(cell, variant)
         return False
 
     def finish(self, cell: Cell, variant: Variant, *, timed: bool) -> None:
@@ -336,7 +340,7 @@ class _Work:
         file = self.out / "reference.json"
         made_with = _hash(self.common, next(iter(self.digests.values())))
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(file.read_text("utf-8"))["made_with"] == made_with:
+            if read_json(file)["made_with"] == made_with:
                 return
         measures = {name: plain(own) for name, own in self.measuring.references().items()}
         held = {"made_with": made_with, "measures": measures}
@@ -455,6 +459,7 @@ def _settings(
     """What ``study.json`` says."""
     own: dict[str, Any] = json.loads(json.dumps(asdict(study) | {"families": list(pipes)}))
     return {
+        "format_version": FORMAT_VERSION,
         "study": own,
         "families": list(pipes),
         "scales": own["scales"],
