@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -30,16 +31,21 @@ _MOST_KINDS = 8  # kept of a method: on a CPU each has a copy of the weights
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, CompiledMethod]]] = (
     weakref.WeakKeyDictionary()
 )
+# what is kept is shared by all threads: looked at under the one, which is held for moments; made under the other, for the
+# compiler changes settings and classes of the whole process while it works
+_looking, _compiling = threading.RLock(), threading.RLock()
 
 
 def compiled_method(network: nn.Module, method: str) -> CompiledMethod:
     """The compiled method of a network: that of the last sampling, unless the weights have changed since."""
-    sums, methods = _checksum(network), _kept.setdefault(network, {})
-    if method in methods and torch.equal(methods[method][0], sums):
-        return methods[method][1]
-    made = CompiledMethod(_same_weights(network), method)
-    methods[method] = (sums, made)
-    return made
+    sums = _checksum(network)
+    with _looking:
+        methods = _kept.setdefault(network, {})
+        if method in methods and torch.equal(methods[method][0], sums):
+            return methods[method][1]
+        made = CompiledMethod(_same_weights(network), method)
+        methods[method] = (sums, made)
+        return made
 
 
 class CompiledMethod:
@@ -64,14 +70,16 @@ class CompiledMethod:
     @property
     def failed(self) -> bool:
         """Whether nothing can be compiled here."""
-        return bool(self._failed) and not self._compiled
+        with _looking:
+            return bool(self._failed) and not self._compiled
 
     @property
     def eager(self) -> Any:
         """The network for what is not compiled: other methods, and this one where it cannot be."""
-        if self._packed is None:
-            self._packed = pack(self._network)
-        return self._packed
+        with _looking:
+            if self._packed is None:
+                self._packed = pack(self._network)
+            return self._packed
 
     def __call__(self, *arguments: Any) -> Tensor | None:
         """What the method returns, or None where it cannot be compiled; the reason was a warning then."""
@@ -81,11 +89,22 @@ class CompiledMethod:
             *(torch.is_inference_mode_enabled(), torch.get_num_threads()),
             _autocast(arguments[0].device.type),
         )
-        compiled = self._compiled.pop(kind, None)
+        compiled = self._known(kind)
         if compiled is None:
-            return None if self.failed or kind in self._failed else self._first(kind, arguments)
-        self._compiled[kind] = compiled
+            with _compiling:
+                compiled = self._known(kind)  # another thread may just have made it
+                if compiled is None:
+                    failed = self.failed or kind in self._failed
+                    return None if failed else self._first(kind, arguments)
         return compiled(*arguments)
+
+    def _known(self, kind: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+        """What is compiled for a kind; it is the last that was called, then."""
+        with _looking:
+            compiled = self._compiled.pop(kind, None)
+            if compiled is not None:
+                self._compiled[kind] = compiled
+            return compiled
 
     def _first(self, kind: tuple[Any, ...], arguments: tuple[Any, ...]) -> Tensor | None:
         rows: Tensor = arguments[0]
@@ -118,11 +137,12 @@ class CompiledMethod:
             return None
         modules = PyCodeCache.modules[known:]
         weakref.finalize(self, _forget, modules)
-        self._compiled[kind], self._modules[kind] = compiled, modules
-        if len(self._compiled) > _MOST_KINDS:
-            oldest = next(iter(self._compiled))
-            del self._compiled[oldest]
-            _forget(self._modules.pop(oldest))
+        with _looking:
+            self._compiled[kind], self._modules[kind] = compiled, modules
+            if len(self._compiled) > _MOST_KINDS:
+                oldest = next(iter(self._compiled))
+                del self._compiled[oldest]
+                _forget(self._modules.pop(oldest))
         return out
 
 

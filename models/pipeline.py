@@ -45,8 +45,10 @@ from unicfg.sampling import (
     sample_hybrid,
     sample_masked,
 )
+from unicfg.sampling.branches import unsound
 from unicfg.sampling.hybrid import PASSES
 from unicfg.sampling.randomness import check_seeds
+from unicfg.sampling.solvers import infinite_samples
 from unicfg.training.dropout import ConditionDropout
 
 Network = TokenTransformer | MaskedTransformer | LatentDenoiser | HybridTransformer
@@ -347,12 +349,12 @@ class TextToImage:
             }
         if self.family == "ar":
             ids = sample_autoregressive(self.model, cond, **shared, **given)
-            return self.tokenizer.decode(self._as_grid(ids))
+            return _finite(self.tokenizer.decode(self._as_grid(ids)))
         if self.family == "masked":
             given.setdefault("steps", STEPS["masked"])
             given.setdefault("reveal", REVEAL)
             ids = sample_masked(self.model, cond, **shared, **known, **given)
-            return keep(self.tokenizer.decode(self._as_grid(ids)))
+            return keep(_finite(self.tokenizer.decode(self._as_grid(ids))))
         given = {"steps": STEPS[self.family]} | given
         if "scheduler" not in given:
             given = {"solver": SOLVERS[self.family]} | given
@@ -361,7 +363,7 @@ class TextToImage:
             latents = self._as_grid(tokens).permute(0, 3, 1, 2)
         else:
             latents = sample_diffusion(self.model, cond, **shared, **known, **given)
-        return keep(self.tokenizer.decode_latents(latents))
+        return keep(_finite(self.tokenizer.decode_latents(latents)))
 
     def _branch(self, name: str, own: BranchLike, prompts: Sequence[str]) -> Branch:
         """What a branch runs, from a text, texts, a weaker pipeline, or as it is.
@@ -572,7 +574,8 @@ class TextToImage:
             ValueError: if prompts and seeds differ in number, or an option is out of range or not the family's.
             TypeError: if there is no such option.
             OutOfMemory: if one image does not fit into memory; it holds the images that are finished.
-            FloatingPointError: if the model's outputs are not finite, or leave no token to draw.
+            FloatingPointError: if the model's outputs or what is made of them are not finite, or leave no token to draw;
+                names the step, the samples of the batch, and what to do.
 
         Example:
             >>> pipe = TextToImage.from_pretrained("shapes")
@@ -711,19 +714,48 @@ class TextToImage:
             raise ValueError(f"family is {family!r}, expected one of {', '.join(MODEL_CLASSES)}")
         folder, families = find_weights(name), held_families(name)
         if family not in families:
-            raise ValueError(f"{name} holds the families {', '.join(families)}, not {family}")
+            held = ", ".join(families)
+            raise ValueError(f"{name} holds the families {held:.200}, not {family}")
         network = MODEL_CLASSES[family].from_pretrained(folder / family)
-        null = load_tensors(folder / family / NULL_FILE)
-        if null.keys() != {NULL_KEY}:
-            raise ValueError(
-                f"{folder / family / NULL_FILE} holds {sorted(null)}, expected [{NULL_KEY!r}]"
-            )
+        null = _load_null(folder / family / NULL_FILE, network)
         return cls(
             load_prompt_encoder(folder / "text.json"),
-            ConditionDropout(network, null[NULL_KEY]),
+            ConditionDropout(network, null),
             VQTokenizer.from_pretrained(folder / "tokenizer"),
             family,
         )
+
+
+def _load_null(file: Path, network: Network) -> Tensor:
+    """The null condition, ids (T,).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds something else, or ids that the network does not know.
+    """
+    config = network.config
+    expected = torch.empty(config.condition_length, dtype=torch.long, device="meta")
+    null = load_tensors(file, {NULL_KEY: expected}, "the null condition")[NULL_KEY]
+    if not (int(null.min()) >= 0 and int(null.max()) < config.condition_vocabulary):
+        raise ValueError(
+            f"{file} holds the ids {null.tolist()[:8]}, expected ids below {config.condition_vocabulary}"
+        )
+    return null
+
+
+def _finite(images: Tensor) -> Tensor:
+    """The images (B, 3, H, W), if they are some.
+
+    Raises:
+        FloatingPointError: if a pixel is not finite; names the samples.
+    """
+    broken = infinite_samples(images)
+    if broken:
+        advice = (
+            "the samplers found nothing wrong before, so look at the weights of the image tokenizer"
+        )
+        raise unsound("the decoded images are not finite", broken, advice)
+    return images
 
 
 def _check_encoding(network: Network, tokenizer: VQTokenizer) -> None:

@@ -29,7 +29,7 @@ from unicfg.sampling.branches import (
     require,
 )
 from unicfg.sampling.randomness import check_seeds, generators, uniform
-from unicfg.sampling.tokens import TokenFilter, draw
+from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
 
 
@@ -118,7 +118,8 @@ def sample_autoregressive(
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
-        FloatingPointError: if the model's outputs leave no token to draw; names the token and the branch.
+        FloatingPointError: if an output holds NaN or +inf, or leaves no token to draw; names the token, the branch and the
+            samples.
 
     Example:
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
@@ -138,8 +139,8 @@ def sample_autoregressive(
     for index, progress in enumerate(progresses):
         outputs = run(ids, guidance.branches_at(progress))
         guided = combine(guidance, progress, outputs, f"token {index}", watch=watch)
-        masked = guided.out.amax(-1).isneginf().any()
-        watch.see(f"no token {index} can be drawn: the guided logits mask every one", masked)
+        masked = guided.out.amax(-1).isneginf()
+        watch.see(f"no token {index} can be drawn", masked, ALL_MASKED)
         ids = torch.cat([ids, draw(choose(guided.out), noise[:, index])[:, None]], dim=1)
         if callback is not None:
             watch.finish()

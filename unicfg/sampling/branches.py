@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unicfg.guidance.core import Guidance, Scale
+from unicfg.guidance.core import Guidance, Scale, to_dtype
 from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
 from unicfg.training.dropout import ConditionDropout, expand_null
@@ -111,15 +111,15 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.at_once = device.type == "cpu"
-        self._seen: list[tuple[str, Tensor]] = []
+        self._seen: list[tuple[str, str, Tensor]] = []
 
-    def see(self, message: str, broken: Tensor) -> None:
-        """Note what it means if ``broken``, a bool (), is true.
+    def see(self, what: str, broken: Tensor, advice: str) -> None:
+        """Note what is wrong in the samples where ``broken``, bool (B,), is true, and what to do about it.
 
         Raises:
-            FloatingPointError: if it is, and is looked at.
+            FloatingPointError: if it is true in some, and is looked at.
         """
-        self._seen.append((message, broken))
+        self._seen.append((what, advice, broken))
         if self.at_once:
             self.finish()
 
@@ -127,11 +127,53 @@ class Watch:
         """Look at what was noted.
 
         Raises:
-            FloatingPointError: with the message of the first that is broken.
+            FloatingPointError: says of the first that is broken what it is, in which samples, and what to do.
         """
         seen, self._seen = self._seen, []
-        if seen and (broken := torch.stack([flag for _, flag in seen]).tolist()).count(True):
-            raise FloatingPointError(seen[broken.index(True)][0])
+        if not seen:
+            return
+        flags = torch.stack([broken for _, _, broken in seen]).tolist()
+        for (what, advice, _), of_samples in zip(seen, flags, strict=True):
+            if any(of_samples):
+                raise unsound(what, [i for i, broken in enumerate(of_samples) if broken], advice)
+
+
+CHECK_MODEL = (
+    "expected finite numbers (in logits also -inf, which masks a token): look at the model's weights and at its dtype, "
+    "for float16 ends at 65504"
+)
+CHECK_GUIDANCE = "expected a scale nearer to 1, or other mitigations"
+
+
+def unsound(what: str, samples: Sequence[int], advice: str) -> FloatingPointError:
+    """The error of every sampler for numbers that it cannot go on with.
+
+    Args:
+        what: is wrong, and at which step.
+        samples: their places in the batch.
+        advice: what to do.
+    """
+    return FloatingPointError(f"{what}, of the samples {list(samples)}: {advice}")
+
+
+def unsound_output(
+    trouble: str, step: str, broken: Mapping[str, list[int]], guided: list[int]
+) -> FloatingPointError:
+    """:func:`unsound` for the outputs of one step.
+
+    Args:
+        trouble: what they do that they should not, as in "holds NaN or +inf".
+        step: what to call the step.
+        broken: the samples of each branch that are; those without any are left out.
+        guided: the samples of the guided output that are.
+    """
+    broken = {name: samples for name, samples in broken.items() if samples}
+    if not broken:
+        what = f"the guided output {trouble} at {step}, where those of its branches are sound"
+        return unsound(what, guided, CHECK_GUIDANCE)
+    samples = sorted({i for of_branch in broken.values() for i in of_branch})
+    what = f"the model's output {trouble} at {step}, in the branches {list(broken)}"
+    return unsound(what, samples, CHECK_MODEL)
 
 
 def combine(
@@ -154,26 +196,28 @@ def combine(
 
     Raises:
         ValueError: if the outputs of two branches differ in shape.
-        FloatingPointError: if an output holds NaN or +inf; names the step and the branch.
+        FloatingPointError: if an output holds NaN or +inf; names the step, the branch and the samples.
     """
     if watch is not None and not watch.at_once:
         check_same_shape(outputs)
         for name, out in outputs.items():
-            message = f"the model's output holds NaN or +inf at {step}, in the branches {[name]}"
-            watch.see(message, ~(out.amax() < math.inf))
+            what = f"the model's output holds NaN or +inf at {step}, in the branches {[name]}"
+            watch.see(what, _broken_samples(out), CHECK_MODEL)
         out = guidance.combine_branches(progress, outputs, level)
+        if guidance.mitigations:  # the formula itself makes no such numbers
+            what = f"the guided output holds NaN or +inf at {step}"
+            watch.see(what, _broken_samples(out), CHECK_GUIDANCE)
         return Guided(out, guidance.scale_at(progress), outputs)
     # before they are guided, which saturates +inf; -inf masks a logit and is let through
-    broken = [name for name, out in outputs.items() if _is_broken(out)]
-    if not broken:
+    guided: list[int] = []
+    if not any(_is_broken(out) for out in outputs.values()):
         check_same_shape(outputs)
         out = guidance.combine_branches(progress, outputs, level)
         if not _is_broken(out):
             return Guided(out, guidance.scale_at(progress), outputs)
-    raise FloatingPointError(
-        f"the model's output holds NaN or +inf at {step}, "
-        f"in the branches {broken or ' and '.join(outputs) + ', combined'}"
-    )
+        guided = places_of(_broken_samples(out))
+    broken = {name: places_of(_broken_samples(out)) for name, out in outputs.items()}
+    raise unsound_output("holds NaN or +inf", step, broken, guided)
 
 
 def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
@@ -198,6 +242,17 @@ def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
 def _is_broken(out: Tensor) -> bool:
     """Whether there is a NaN or +inf, in one pass: the largest value is NaN if any is."""
     return out.numel() > 0 and not bool(out.amax() < math.inf)
+
+
+def _broken_samples(out: Tensor) -> Tensor:
+    """The same of each sample, bool (B,)."""
+    return ~(out.reshape(len(out), -1).amax(1) < math.inf)
+
+
+def places_of(flags: Tensor) -> list[int]:
+    """Where flags (B,) are true."""
+    places: list[int] = flags.nonzero().flatten().tolist()
+    return places
 
 
 def begin_guidance(guidance: Guidance | None, space: str) -> Guidance:
@@ -518,7 +573,7 @@ class WholeGridPass:
             return self._run(needed, x, rest, t)
         if not fresh and all(name in self._held for name in others):
             cond_out = self._run(("cond",), x, rest, t)["cond"]
-            near = {name: cond_out - self._held[name] for name in others}
+            near = {name: to_dtype(cond_out - self._held[name], cond_out.dtype) for name in others}
             return {name: near.get(name, cond_out) for name in needed}
         outputs = self._run(needed, x, rest, t)
         self._held = {name: _distance(outputs, name) for name in others}
@@ -549,7 +604,8 @@ class WholeGridPass:
 
 def _distance(outputs: Mapping[str, Tensor], name: str) -> Tensor:
     """How far the conditional output is from another one; 0 where a mask in either leaves no distance."""
-    distance = outputs["cond"] - outputs[name]
+    precise = torch.promote_types(outputs["cond"].dtype, torch.float32)
+    distance = outputs["cond"].to(precise) - outputs[name].to(precise)
     return distance.masked_fill(~distance.isfinite(), 0.0)
 
 

@@ -35,6 +35,7 @@ from unicfg.sampling.solvers import (
     check_steps,
     integrate,
     require_finite,
+    require_finite_latents,
     time_grid,
 )
 from unicfg.training.dropout import ConditionDropout
@@ -104,7 +105,8 @@ def sample_diffusion(
         ValueError: if an argument is out of range or does not fit the others, the model predicts in another space or
             path than was asked for, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
-        FloatingPointError: if an output of the model is not finite; names the step and the branch.
+        FloatingPointError: if an output of the model, or what the steps make of it, is not finite; names the step, the
+            branch and the samples.
 
     Example:
         >>> latents = sample_diffusion(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], solver="heun")
@@ -130,9 +132,11 @@ def sample_diffusion(
         run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device, refresh)
         evaluate = _evaluation(run, path, space)
         x = noise * path.coefficients(grid)[1][0]
-        return integrate(
+        latents = integrate(
             evaluate, x, grid, path, space, solver, eta, sources, pin=pin, callback=callback
         )
+        require_finite_latents(latents, "after the last step")
+        return latents
     if times is not None or (solver, spacing, shift, eta) != ("ddim", "uniform", 1.0, 0.0):
         raise ValueError(
             "scheduler is given, which makes the steps itself: expected solver, spacing, shift, eta and times to be "
@@ -144,7 +148,9 @@ def sample_diffusion(
     groups = plan(network, cond, uncond, branches, guidance, progresses)
     run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device, refresh)
     evaluate = _evaluation(run, path, space)
-    return scheduled.sample(evaluate, noise, sources, pin, callback)
+    latents = scheduled.sample(evaluate, noise, sources, pin, callback)
+    require_finite_latents(latents, f"after the last step of the scheduler {scheduled.name}")
+    return latents
 
 
 def _at_levels(guidance: Guidance, ratios: Sequence[float]) -> Guidance:
@@ -158,12 +164,17 @@ def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluat
         level = None
         if guided_pass.guidance.mitigations:
             level = Level(x, *path.coefficients(torch.tensor(t, dtype=torch.float64)), space)
-        guided = guided_pass(progress, f"step {index}", x, t=t, level=level)
-        if guided.out.shape != x.shape:
-            raise ValueError(
-                f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"
-            )
-        require_finite(guided, f"step {index}")
+        try:
+            guided = guided_pass(progress, f"step {index}", x, t=t, level=level)
+            if guided.out.shape != x.shape:
+                raise ValueError(
+                    f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"
+                )
+            require_finite(guided, f"step {index}")
+        except FloatingPointError:
+            # the model is not to blame for what it was given
+            require_finite_latents(x, f"before step {index}")
+            raise
         return guided
 
     return evaluate

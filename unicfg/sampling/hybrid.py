@@ -33,6 +33,7 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.masked import reveal_counts
 from unicfg.sampling.randomness import check_seeds, generators, normal
 from unicfg.sampling.solvers import (
+    CHECK_LATENTS,
     Callback,
     Solver,
     Spacing,
@@ -42,6 +43,7 @@ from unicfg.sampling.solvers import (
     integrate,
     is_finite,
     require_finite,
+    require_finite_latents,
     step_weights,
     time_grid,
 )
@@ -165,7 +167,8 @@ def sample_hybrid(
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, or ``guidance`` no ``Guidance``.
-        FloatingPointError: if an output of the model is not finite; names the token and the branch.
+        FloatingPointError: if an output of the model, or what the steps make of it, is not finite; names the token, the
+            samples and, where it looks at once, the branch.
 
     Example:
         >>> latents = sample_hybrid(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
@@ -241,7 +244,8 @@ def sample_hybrid(
     for turn in turns:
         drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
         if not watch.at_once:  # where the head did not look
-            watch.see(f"token {turn.index}: the latents are not finite", ~drawn.isfinite().all())
+            broken = ~drawn.isfinite().flatten(1).all(1)
+            watch.see(f"token {turn.index}: the latents are not finite", broken, CHECK_LATENTS)
         latents.scatter_(1, _wide(turn.places, channels), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
@@ -417,7 +421,9 @@ class _Head:
         """One step after another."""
         passes = []
         for group, prepared in self.heads:
-            names = [name for name in group.conditions if name in needed]
+            # a group alone also runs the states that were extrapolated without a condition, at s = 0
+            alone = len(self.heads) == 1
+            names = [name for name in needed if alone or name in group.conditions]
             if names:
                 passes.append((names, prepared(torch.cat([states[name] for name in names]))))
         path, space = self.denoiser.path, self.denoiser.space
@@ -447,7 +453,10 @@ class _Head:
                 require_finite(guided, f"step {index}")
             return guided
 
-        return integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
+        drawn = integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
+        if self.looks:
+            require_finite_latents(drawn, "after the last step of the head")
+        return drawn
 
 
 def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> Scale | None:

@@ -23,10 +23,11 @@ from unicfg.sampling.branches import (
     network_and_null,
     plan,
     require,
+    unsound,
 )
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.solvers import check_steps
-from unicfg.sampling.tokens import TokenFilter, draw
+from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
 
 Reveal = Literal["cosine", "linear", "arccos", "halton"]
@@ -128,8 +129,8 @@ def sample_masked(
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, ``guidance`` no ``Guidance``, or ``model`` no masked model.
-        FloatingPointError: if an output holds NaN or +inf, which names the step and the branch, or if the guided logits
-            leave no token to draw.
+        FloatingPointError: if an output holds NaN or +inf, or leaves no token to draw; names the step, the branch and the
+            samples.
 
     Example:
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
@@ -167,11 +168,11 @@ def sample_masked(
         if places is not None:
             # the places are known beforehand: nothing else need be drawn
             kept = _highest(-places.double().expand_as(ids), masked, counts[index])
-            logits = _drawable(guided.out[kept], index)
+            logits = _drawable(guided.out, kept, index)
             ids = ids.clone()
             ids[kept] = draw(choose(logits), noise[:, 0][kept])
         else:
-            logits = _drawable(guided.out[masked], index)
+            logits = _drawable(guided.out, masked, index)
             drawn = draw(choose(logits), noise[:, 0][masked])
             # of the guided softmax itself: after temperature and filters every token may be certain
             confidence = logits.double().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
@@ -270,16 +271,17 @@ def _check_logits(logits: Tensor, ids: Tensor, mask_token: int) -> None:
         )
 
 
-def _drawable(logits: Tensor, index: int) -> Tensor:
-    """The logits (N, V) of tokens that are to be drawn, if there is something to draw in each.
+def _drawable(guided: Tensor, chosen: Tensor, index: int) -> Tensor:
+    """The logits (N, V) of the chosen tokens (B, L), if there is something to draw in each.
 
     Raises:
         FloatingPointError: if all logits of a token are -inf.
     """
-    if bool(logits.amax(-1).isneginf().any()):
-        raise FloatingPointError(
-            f"no token can be drawn at step {index}: the guided logits mask every one"
-        )
+    logits = guided[chosen]
+    masked = logits.amax(-1).isneginf()
+    if bool(masked.any()):
+        samples = sorted(set(chosen.nonzero()[masked, 0].tolist()))
+        raise unsound(f"no token can be drawn at step {index}", samples, ALL_MASKED)
     return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicfg.guidance.spaces import (
     Space,
@@ -86,13 +88,17 @@ class Scheduled:
         x = noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": sources} if takes_generator else {}
+        draws, closely = _Draws(), True
         for i, timestep in enumerate(self.timesteps):
             x = self._pinned(i, x, pin)
             progress = progress_at(i, len(self.timesteps))
             out = self._predict(i, progress, x, evaluate, callback)
             state = torch.get_rng_state()
-            x = self.scheduler.step(out, timestep, x, **extra).prev_sample
-            if not torch.equal(state, torch.get_rng_state()):
+            with draws if closely else contextlib.nullcontext():
+                x = self.scheduler.step(out, timestep, x, **extra).prev_sample
+            # a changed state may be another thread's doing: that is looked into at the next step
+            closely = not torch.equal(state, torch.get_rng_state())
+            if draws.without_generator:
                 raise ValueError(
                     f"the scheduler {self.name} draws noise that no seed determines, expected one whose step() takes "
                     "a generator"
@@ -205,6 +211,29 @@ class Scheduled:
                 f"the scheduler {self.name} starts at alpha = 0 with prediction_type 'epsilon', which says nothing "
                 "there: expected 'v_prediction' or 'sample'"
             )
+
+
+class _Draws(TorchDispatchMode):
+    """Sees whether random numbers are drawn without a generator, in this thread alone and on any device.
+
+    It takes longer than the step that it looks at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.without_generator = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            self.without_generator = True
+        return func(*args, **kwargs)
 
 
 def _check_scheduler(scheduler: Any) -> None:

@@ -32,7 +32,10 @@ from unicfg.guidance.spaces import (
 from unicfg.sampling.branches import (
     Guided,
     OfBranches,
+    places_of,
     progress_at,
+    unsound,
+    unsound_output,
 )
 from unicfg.sampling.paths import Path, shift_time
 from unicfg.sampling.randomness import normal
@@ -42,6 +45,7 @@ Spacing = Literal["uniform", "karras"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
+CHECK_LATENTS = "expected outputs of the model about as large as its latents, a scale nearer to 1, or a mitigation"
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al., arXiv 2206.00364, table 1
 
 Evaluate = Callable[[int, float, Tensor, float], Guided]
@@ -342,13 +346,30 @@ def require_finite(guided: Guided, step: str) -> None:
         FloatingPointError: if an output is not finite.
     """
     # the branches, not the result: guidance saturates +inf and takes -inf for a mask
-    broken = [name for name, out in guided.outputs.items() if not is_finite(out)]
-    if not broken and not is_finite(guided.out):
-        broken = [" and ".join(guided.outputs) + ", combined"]
-    if broken:
-        raise FloatingPointError(
-            f"the model's output is not finite at {step}, in the branches {broken}"
-        )
+    if all(is_finite(out) for out in (*guided.outputs.values(), guided.out)):
+        return
+    broken = {name: infinite_samples(out) for name, out in guided.outputs.items()}
+    raise unsound_output("is not finite", step, broken, infinite_samples(guided.out))
+
+
+def require_finite_latents(latents: Tensor, where: str) -> None:
+    """Refuse latents that finite outputs have carried beyond what a float holds.
+
+    Args:
+        latents: (B, ...).
+        where: they are, as in "after the last step".
+
+    Raises:
+        FloatingPointError: if they are not finite; names the samples.
+    """
+    if not is_finite(latents):
+        what = f"the latents are not finite {where}"
+        raise unsound(what, infinite_samples(latents), CHECK_LATENTS)
+
+
+def infinite_samples(out: Tensor) -> list[int]:
+    """The samples of (B, ...) with a value that is not finite."""
+    return places_of(~out.isfinite().reshape(len(out), -1).all(1))
 
 
 def is_finite(out: Tensor) -> bool:

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# a smaller or larger one would be 0 or infinite in float32, or its inverse would, and 0 / 0 is no probability
+_COLDEST, _HOTTEST = 1e-37, 1e37
+
+ALL_MASKED = (
+    "expected one with a guided logit above -inf, and the model or a mitigation masks every one"
+)
+
 
 @dataclass(frozen=True)
 class TokenFilter:
@@ -46,7 +53,8 @@ class TokenFilter:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
         # shifting first keeps a tiny temperature from overflowing to +inf
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        temperature = min(max(self.temperature, _COLDEST), _HOTTEST)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept = logits.topk(self.top_k, dim=-1)
             logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
@@ -59,7 +67,8 @@ class TokenFilter:
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # probability of all tokens that are more likely
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
+    # the likeliest is kept whatever top_p is, for float32 has no number below 1e-45
+    ordered[..., 1:].masked_fill_(before[..., 1:] >= top_p, 0.0)
     kept = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return kept / kept.sum(-1, keepdim=True)
 

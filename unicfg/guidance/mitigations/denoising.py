@@ -212,6 +212,10 @@ class _RunningApg:
         self.before: Tensor | None = None  # momentum of all steps but the present one
         self.now: Tensor | None = None
 
+    def begin(self) -> _RunningApg:
+        """The same for the steps of another sampling, or of another token of a hybrid: without what it remembers."""
+        return _RunningApg(self.settings)
+
     def at(self, progress: float) -> _RunningApg:
         """The step at ``progress``. A second evaluation at the same noise level (Heun) is no new step."""
         if progress != self.progress:
