@@ -1,6 +1,8 @@
 """What the page draws with: the same images as a plain call, frame by frame, whoever else is drawing."""
 
 import ast
+import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -402,3 +404,266 @@ def test_drawing_needs_no_gradio_and_the_page_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "pip install 'unicfg[demo]'" in done.stdout, done.stderr
+
+
+async def ask_gate(gate, method, path, *, body=b"", headers=((b"host", b"127.0.0.1:1"),)):
+    """Status and body of what a gate, or the application behind it, answers; and how many parts of a body it took."""
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"session_hash=a"}
+    scope["headers"] = list(headers)
+    parts = [body[at : at + 10_000] for at in range(0, len(body), 10_000)] or [b""]
+    taken, sent = 0, []
+
+    async def receive():
+        nonlocal taken
+        taken += 1
+        more = taken < len(parts)
+        return {"type": "http.request", "body": parts[taken - 1], "more_body": more}
+
+    async def send(message):
+        sent.append(message)
+
+    await gate(scope, receive, send)
+    status = sent[0]["status"]
+    return status, b"".join(own.get("body", b"") for own in sent), taken
+
+
+async def behind(scope, receive, send):
+    """An application that says what has reached it."""
+    body = b""
+    if scope["method"] == "POST":
+        body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body or scope["query_string"]})
+
+
+def asked(gate, method, path, **named):
+    return asyncio.run(ask_gate(gate, method, path, **named))
+
+
+def a_gate(names=("127.0.0.1",), audience=None):
+    from unicfg.demo.gate import Audience, Gate
+
+    return Gate(behind, {0: 2, 3: 0}, audience or Audience(), names)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("HEAD", "/"),
+        ("GET", "/config"),
+        ("GET", "/theme.css"),
+        ("GET", "/assets/index-a_b.C1.js"),
+        ("GET", "/static/fonts/a/b@2.woff2"),
+        ("GET", "/gradio_api/heartbeat/abc123"),
+    ],
+)
+def test_the_gate_lets_in_what_the_page_asks_for_without_its_question(method, path):
+    assert asked(a_gate(), method, path)[:2] == (200, b"")
+
+
+def test_the_gate_lets_a_listener_in_with_its_session():
+    assert asked(a_gate(), "GET", "/gradio_api/queue/data")[:2] == (200, b"session_hash=a")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/"),
+        ("OPTIONS", "/"),
+        ("GET", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/queue/data"),
+        ("POST", "/gradio_api/queue/join/"),
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/cancel"),
+        ("POST", "/gradio_api/call/show"),
+        ("POST", "/gradio_api/run/show"),
+        ("GET", "/gradio_api/dev/reload"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1/"),
+        ("GET", "/gradio_api/heartbeat/" + "a" * 65),
+        ("GET", "/gradio_api/heartbeat/a/b"),
+        ("GET", "/static/../page.py"),
+        ("GET", "/assets/a/../../b"),
+        ("GET", "/assets/a\n"),
+        ("GET", "//"),
+        ("GET", "/monitoring"),
+        ("GET", "/openapi.json"),
+        ("POST", "/login"),
+    ],
+)
+def test_the_gate_is_closed_to_all_else(method, path):
+    assert asked(a_gate(), method, path)[:2] == (404, b"There is nothing here.\n")
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
+def test_the_gate_hands_on_the_bodies_of_the_page(path):
+    body = json.dumps({"fn_index": 0, "data": ["x" * 30_000, None]}).encode()
+    assert asked(a_gate(), "POST", path, body=body)[:2] == (200, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "not one of the page's"),
+        (b"\xff", 400, "not one of the page's"),
+        (b"[]", 400, "not one of the page's"),
+        (b"[" * 60_000, 400, "not one of the page's"),
+        (b'{"data": []}', 400, "not one of the page's"),
+        (b'{"fn_index": 0}', 400, "not one of the page's"),
+        (b'{"fn_index": [0], "data": []}', 400, "not one of the page's"),
+        (b'{"fn_index": 0, "data": null}', 400, "not one of the page's"),
+        (b'{"fn_index": 3, "data": ' + b"1" * 5000 + b"}", 400, "not one of the page's"),
+        (b'{"fn_index": -1, "data": []}', 400, "no function -1 of 0 values"),
+        (b'{"fn_index": 0, "data": [1]}', 400, "no function 0 of 1 values"),
+        (b'{"fn_index": "' + b"x" * 5000 + b'", "data": []}', 400, "no function 'xxxxxxx"),
+        (b'"' + b"x" * 65_536, 413, "more than 65536 bytes"),
+    ],
+)
+def test_the_gate_refuses_odd_bodies_in_a_sentence(body, status, message):
+    answered, text, _ = asked(a_gate(), "POST", "/gradio_api/queue/join", body=body)
+    assert answered == status and message in text.decode() and len(text) < 100
+
+
+def test_the_gate_does_not_read_a_long_body_to_its_end():
+    assert asked(a_gate(), "POST", "/gradio_api/queue/join", body=b"x" * 10**6)[2] == 7
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "[::1]:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "rebound.example:7860"}, 403),
+        ({"host": "127.0.0.1.rebound.example"}, 403),
+        ({"host": "127.0.0.1:7860@rebound.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": ""}, 403),
+        ({}, 403),
+        ({"host": "127.0.0.1", "origin": "http://other.example"}, 403),
+        ({"host": "127.0.0.1", "origin": "null"}, 403),
+        ({"host": "127.0.0.1", "origin": ""}, 403),
+    ],
+)
+def test_a_local_page_answers_to_its_own_names_and_pages(headers, status):
+    from unicfg.demo.gate import local_names
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    for host, expected in (("127.0.0.1", status), ("0.0.0.0", 200)):
+        assert asked(a_gate(local_names(host)), "GET", "/", headers=raw)[0] == expected
+
+
+def test_which_hosts_are_local():
+    from unicfg.demo.gate import local_names
+
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert host in local_names(host)
+    for host in ("0.0.0.0", "::", "192.168.1.5", "box.example"):
+        assert local_names(host) is None
+
+
+def test_the_gate_takes_no_websockets():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(a_gate()({"type": "websocket", "path": "/"}, None, send))
+    assert sent == [{"type": "websocket.close"}]
+
+
+def test_the_gate_says_who_listens_and_who_takes_nothing(monkeypatch):
+    from unicfg.demo import gate
+
+    audience, heard, now = gate.Audience(), [], 0.0
+    monkeypatch.setattr(gate.time, "monotonic", lambda: now)
+
+    async def stream(scope, receive, send):
+        heard.append(audience.listens("a"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        heard.append(audience.listens("a"))
+
+    async def slow(message):
+        nonlocal now
+        if message["type"] == "http.response.body":
+            now += gate.PATIENCE - 1
+            heard.append(audience.listens("a"))
+            now += 2
+            heard.append(audience.listens("a"))
+
+    own = gate.Gate(stream, {}, audience, None)
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/queue/data", "headers": []}
+    asyncio.run(own(scope | {"query_string": b"session_hash=a"}, None, slow))
+    assert heard == [True, True, False, True]
+    assert not audience.listens("a") and not audience.listens(None)
+
+
+def test_an_audience_can_be_waited_for():
+    from unicfg.demo.gate import Audience
+
+    audience, first, second = Audience(), object(), object()
+    assert not audience.await_listener("a", 0.01)
+    threading.Timer(0.05, audience.note, ("a", first, float("inf"))).start()
+    assert audience.await_listener("a", 20) and not audience.listens("b")
+    # a page that is opened again is heard before the old connection has ended
+    audience.note("a", second, float("inf"))
+    audience.note("a", first, None)
+    assert audience.listens("a")
+    audience.note("a", second, None)
+    assert not audience.listens("a")
+
+
+def drawer(audience):
+    """The page's drawing function with one family, and what its outputs are called."""
+    from unicfg.demo.page import Results, _drawer
+
+    results = Results("note", {"ar": "card"}, "family", "code", "strip", "earlier")
+    return _drawer({"ar": PIPES["ar"]}, "tiny", results, audience)
+
+
+class Visit:
+    session_hash = "a"
+
+
+VALUES = [CAPTIONS[0], ["ar"], 3.0, 0, 1, "", "", 0, 1, False, "ar", []]
+
+
+def test_nothing_is_drawn_for_nobody(monkeypatch):
+    from unicfg.demo import page
+    from unicfg.demo.gate import Audience
+
+    monkeypatch.setattr(page, "GRACE", 0.01)
+    updates = list(drawer(Audience())(Visit(), *VALUES))
+    assert len(updates) == 2 and "Nobody listened" in updates[-1]["note"]
+    assert not samplers()
+
+
+def test_a_drawing_ends_when_nobody_listens_any_more():
+    from unicfg.demo.gate import Audience
+
+    audience, visitor = Audience(), object()
+    audience.note("a", visitor, float("inf"))
+    updates = drawer(audience)(Visit(), *VALUES)
+    assert "drawing" in next(updates)["note"] and "img" in next(updates)["card"]
+    audience.note("a", visitor, None)
+    assert list(updates) == []
+    audience.note("a", visitor, float("inf"))
+    assert "drawn in" in list(drawer(audience)(Visit(), *VALUES))[-1]["note"]
+
+
+def test_any_family_can_be_chosen_whatever_was_drawn():
+    from unicfg.demo.gate import Audience
+    from unicfg.demo.page import _speaker
+
+    audience = Audience()
+    audience.note("a", object(), float("inf"))
+    last = list(drawer(audience)(Visit(), *VALUES[:-2], "flow", []))[-1]
+    # another drawing of the same visitor may wait in the queue, and names a family that this one is without:
+    # gradio would refuse it, had this one narrowed the choice
+    assert last["family"] == "ar"
+    speak = _speaker({name: PIPES[name] for name in ("ar", "flow")}, "tiny")
+    assert speak("ar", last["earlier"]) == last["code"]
+    assert speak("flow", last["earlier"]) == "# the newest drawing is without flow\n"

@@ -314,8 +314,8 @@ def test_a_narrow_screen_has_nothing_beside_the_page(browser, server):
     ],
 )
 def test_the_ways_to_files_are_closed(server, path):
-    # 404 is ours; gradio itself would say 403, and fetch what is on a public host
-    assert raw(server, f"GET /{path} HTTP/1.1") == (404, "There are no files here.\n")
+    # this 404 is ours; gradio itself would say 403, and fetch what is on a public host
+    assert raw(server, f"GET /{path} HTTP/1.1") == (404, "There is nothing here.\n")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from unicfg.demo.no_files import NoFiles
+    from unicfg.demo.gate import Audience, Gate, local_names
 except ModuleNotFoundError as error:
     raise ImportError(
         "unicfg demo needs gradio, which is not installed: pip install 'unicfg[demo]'",
@@ -36,6 +36,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 WAITING = 64  # drawings in the queue, over all visitors; one at a time is made
+GRACE = 2.0  # seconds in which a visitor whose turn has come begins to listen
 SESSIONS = 200  # visitors whose earlier drawings are kept
 EARLIER = 12  # drawings that a visitor can go back to
 SLIDER = (-5.0, 20.0)  # of s; beyond it there is little left to see
@@ -119,12 +120,13 @@ class Results:
         return [self.note, *self.cards.values(), self.family, self.code, self.strip, self.earlier]
 
 
-def build(pipes: Mapping[str, TextToImage], weights: str) -> gr.Blocks:
+def build(pipes: Mapping[str, TextToImage], weights: str, audience: Audience) -> gr.Blocks:
     """The page, with its queue; :func:`start` serves it.
 
     Args:
         pipes: by family, in the order of the cards.
         weights: their name, for examples and code.
+        audience: who listens; nothing is drawn for nobody.
 
     Raises:
         ValueError: if there are no pipelines.
@@ -137,7 +139,7 @@ def build(pipes: Mapping[str, TextToImage], weights: str) -> gr.Blocks:
             controls = _controls(pipes, EXAMPLES.get(weights, ()))
             with gr.Column(elem_id="drawing"):
                 results = _results(list(pipes))
-        _connect(pipes, weights, controls, results, page)
+        _connect(pipes, weights, controls, results, page, audience)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -217,11 +219,12 @@ def _connect(
     controls: Controls,
     results: Results,
     page: gr.Blocks,
+    audience: Audience,
 ) -> None:
     """What happens when."""
     prompt, families, s, start, end, logits, denoisers, seed, count = controls.settings
     drawing: dict[str, Any] = {
-        "fn": _drawer(pipes, weights, results),
+        "fn": _drawer(pipes, weights, results, audience),
         "inputs": [*controls.settings, controls.beside, results.family, results.earlier],
         "outputs": results.all,
         "show_progress": "minimal",
@@ -264,12 +267,13 @@ def _first(row: Sequence[str]) -> str:
 
 
 def _drawer(
-    pipes: Mapping[str, TextToImage], weights: str, results: Results
+    pipes: Mapping[str, TextToImage], weights: str, results: Results, audience: Audience
 ) -> Callable[..., Iterator[Updates]]:
     """The function that draws what the controls say."""
 
-    def show(*values: Any) -> Iterator[Updates]:
+    def show(visit: gr.Request, *values: Any) -> Iterator[Updates]:
         *settings, beside, family, earlier = values
+        session = visit.session_hash
         try:
             request = _request(settings, list(pipes))
             scales = [1.0, request.s] if beside and request.s != 1 else [request.s]
@@ -283,9 +287,14 @@ def _drawer(
             name: dict.fromkeys(scales) for name in request.families
         }
         yield _blank(request, scales, results)
+        if not audience.await_listener(session, GRACE):
+            yield {results.note: cards.refusal("Nobody listened, so nothing is drawn: ask again.")}
+            return
         for s, frames in drawings:
             with closing(frames):
                 for frame in frames:
+                    if not audience.listens(session):
+                        return  # else the pictures would wait for nobody in memory
                     shown[frame.family][s] = frame
                     fresh = cards.card(frame.family, request.count, shown[frame.family])
                     yield {
@@ -301,7 +310,7 @@ def _drawer(
         seconds = time.perf_counter() - began
         yield {
             results.note: cards.note(f"drawn in {seconds:.1f} s"),
-            results.family: gr.Radio(list(request.families), value=family),
+            results.family: family,
             results.code: code(request, weights, pipes[family]),
             results.strip: cards.strip(earlier),
             results.earlier: earlier,
@@ -350,21 +359,26 @@ def _speaker(
     """The function that gives a family's code for the newest drawing."""
 
     def speak(family: str, earlier: Sequence[cards.Entry]) -> Any:
-        if not earlier or family not in earlier[0].request.families:
+        if not earlier:
             return gr.skip()
-        return code(earlier[0].request, weights, pipes[family])
+        request = earlier[0].request
+        if family not in request.families:
+            return f"# the newest drawing is without {family}\n"
+        return code(request, weights, pipes[family])
 
     return speak
 
 
-def start(page: gr.Blocks, host: str, port: int) -> str:
+def start(page: gr.Blocks, audience: Audience, host: str, port: int) -> str:
     """Serve a page from a thread, to whoever can reach ``host``.
 
     It serves no files, and tells visitors nothing of errors inside; these go to the log.
 
     Args:
         page: from :func:`build`; its ``close()`` ends the service.
-        host: "127.0.0.1" for this machine only, "0.0.0.0" for everyone.
+        audience: that the page was built with.
+        host: "127.0.0.1" for this machine only, "0.0.0.0" for everyone. A page for this machine only is also refused
+            to browsers that another site's name or page has led here.
         port: of the address.
 
     Returns:
@@ -373,6 +387,8 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
     Raises:
         OSError: if the port is taken.
     """
+    inputs = {number: len(function.inputs) for number, function in page.fns.items()}
+    gate = Middleware(Gate, inputs=inputs, audience=audience, names=local_names(host))
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -386,7 +402,7 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
         blocked_paths=[Path.cwd().anchor],
         max_file_size=1,
         state_session_capacity=SESSIONS,
-        app_kwargs={"middleware": [Middleware(NoFiles)]},
+        app_kwargs={"middleware": [gate]},
         enable_monitoring=False,
         mcp_server=False,
         ssr_mode=False,
@@ -430,8 +446,10 @@ def launch(
     names = held_families(weights) if families is None else families
     if len(names) == 0 or len(set(names)) != len(names):
         raise ValueError(f"families is {list(names)}, expected at least one, and none twice")
-    page = build({name: TextToImage.from_pretrained(weights, name) for name in names}, weights)
-    print(f"the page is at {start(page, host, port)}")
+    pipes = {name: TextToImage.from_pretrained(weights, name) for name in names}
+    audience = Audience()
+    page = build(pipes, weights, audience)
+    print(f"the page is at {start(page, audience, host, port)}")
     try:
         page.block_thread()
     finally:
