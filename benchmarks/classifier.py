@@ -36,6 +36,7 @@ from unicfg import Guidance, sample_autoregressive, sample_diffusion
 from unicfg.guidance.spaces import convert
 from unicfg.sampling.classifier import ClassifierDenoiser, ClassifierTokens
 from unicfg.training.data import ImageSet
+from unicfg.training.dropout import Part
 from unicfg.training.families import step_generator
 from unicfg.training.losses import stratified
 from unicfg.training.optimize import fit
@@ -123,7 +124,7 @@ def train_on_latents(
         Latents(channels), latents[0, 0].numel(), pipe.text.vocabulary, pipe.text.length
     )
 
-    def loss(module: nn.Module, batch: list[Tensor], step: int) -> Tensor:
+    def loss(module: nn.Module, batch: list[Tensor], step: int, part: Part) -> Tensor:
         generator = step_generator(0, step)
         _, clean, cond = batch
         t = stratified(len(clean), generator)
@@ -143,7 +144,7 @@ def train_on_prefixes(
     table = nn.Embedding(pipe.tokenizer.codebook_size, 128)
     model = Captioner(table, ids.shape[1], pipe.text.vocabulary, pipe.text.length)
 
-    def loss(module: nn.Module, batch: list[Tensor], step: int) -> Tensor:
+    def loss(module: nn.Module, batch: list[Tensor], step: int, part: Part) -> Tensor:
         tokens, _, cond = batch
         n = int(torch.randint(1, tokens.shape[1] + 1, (), generator=step_generator(0, step)))
         out: Tensor = -module(tokens[:, :n], cond, torch.zeros(len(cond))).mean() / cond.shape[1]

@@ -22,7 +22,8 @@ from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import to_float
 from unicfg.training.recipe import load_recipe
-from unicfg.training.trainer import evaluate_tokenizer, load_data
+from unicfg.training.shards import Shards
+from unicfg.training.trainer import evaluate_tokenizer
 
 
 def read_log(file: Path, key: str) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def main() -> None:
         TextToImage.from_pretrained(options.run, family) for family in held_families(options.run)
     ]
     card = options.card.read_text() + "\n" + summary(options.run)
-    recipe = load_recipe(options.recipe)
+    load_recipe(options.recipe)  # a recipe that cannot be read is not shipped
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     for pipe in pipes:
@@ -92,9 +93,9 @@ def main() -> None:
     shutil.rmtree(options.out, ignore_errors=True)
     beside.rename(options.out)
     if options.reconstruction is not None:
-        _, held_out = load_data(recipe.data).split(recipe.data.validation)
+        (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
         shipped = TextToImage.from_pretrained(options.out, held_families(options.out)[0])
-        numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out.images[:512]))
+        numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
         options.reconstruction.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.reconstruction)
         print(f"{min(len(held_out), 512)} held-out images, half precision: {numbers}")

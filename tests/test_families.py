@@ -533,7 +533,7 @@ def test_masked_loss_counts_hidden_tokens_alone_and_hides_them():
 
 
 def test_the_share_of_hidden_tokens_follows_the_cosine():
-    hidden = random_mask(torch.Size((4000, 50)), generator()).float()
+    hidden = random_mask(4000, 50, generator()).float()
     # the mean of cos(pi u / 2) is 2 / pi; the ceiling adds half a token
     assert float(hidden.mean()) == pytest.approx(2 / math.pi + 0.01, abs=0.01)
     assert float(hidden.mean(0).std()) < 0.02  # no place is preferred
@@ -661,6 +661,7 @@ def test_the_noise_settings_of_a_recipe_reach_the_loss():
 
 def test_a_null_condition_is_learned_by_every_family(family):
     """The row of the null token in the embedding gets a gradient under dropout."""
+    from unicfg.training.dropout import WHOLE
     from unicfg.training.families import training_loss
     from unicfg.training.recipe import ModelRecipe
 
@@ -669,6 +670,6 @@ def test_a_null_condition_is_learned_by_every_family(family):
     model.train()
     loss = training_loss(ModelRecipe(family=family), model.model)
     data = torch.randint(0, 24, (3, 16)) if family in ("ar", "masked") else torch.randn(3, 2, 4, 4)
-    loss(model, data, COND, generator()).backward()
+    loss(model, data, COND, generator(), WHOLE).backward()
     gradient = model.model.body.prefix.embedding.weight.grad
     assert gradient[0].any() and not gradient[1:].any()

@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.folders import held_families
-from models.pipeline import MODEL_CLASSES
+from models.pipeline import MODEL_CLASSES, Options
 from unicfg.evaluation.comparison import compare as draw_comparison
 from unicfg.evaluation.prompts import read_prompts
+from unicfg.generation import BATCH, draw_folder
 from unicfg.guidance import Guidance, branches
 from unicfg.pictures import check_picture_name, grid, save_picture
+from unicfg.processes import join_processes
 from unicfg.sampling import TokenFilter
 
 app = typer.Typer(
@@ -29,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One guidance for autoregressive and diffusion token models.",
 )
-BATCH = 64  # images drawn at once
 # ClickException, whether typer takes it from click or from the copy that newer versions bring
 ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -41,12 +42,19 @@ def train(
         str | None, typer.Option(help="ar, masked, diffusion, flow or hybrid, not the recipe's.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    until: Annotated[
+        str, typer.Option(help="The last stage to run: images, tokenizer, codes or model.")
+    ] = "model",
+    fsdp: Annotated[
+        bool, typer.Option(help="Split the model among the processes of torchrun.")
+    ] = False,
 ) -> None:
     """Train an image tokenizer and a model on captioned images.
 
     Another family of the same recipe is added to the same folder and takes its tokenizer from there.
 
-    Writes checkpoints, metrics.jsonl and sample grids into the folder that the recipe names as out.
+    Writes checkpoints, metrics.jsonl and sample grids into the folder that the recipe names as out. Several processes
+    share the work: torchrun --nproc_per_node 2 -m unicfg train RECIPE.
     """
     # imported here: generating must not wait for the training libraries
     from unicfg.training.recipe import load_recipe
@@ -54,10 +62,15 @@ def train(
 
     settings = load_recipe(recipe, family)
     try:
-        run(settings, resume=resume)
+        pipe = run(settings, resume=resume, until=until, fsdp=fsdp)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not join_processes().is_main_process:
+        return
+    if pipe is None:
+        print(f"{until} are in {settings.out}: --resume goes on from there")
+        return
     command = f"unicfg generate PROMPT --weights {settings.out} --family {settings.model.family}"
     print(f"the pipeline is in {settings.out}: {command}")
 
@@ -117,26 +130,77 @@ def generate(
         Path | None, typer.Option(help="A picture of which a part is drawn anew.")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Which part: a picture, white there.")] = None,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/unicfg.png"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The picture to write, or a folder for every image as a file of its own."
+        ),
+    ] = Path("out/unicfg.png"),
 ) -> None:
-    """Draw images of a prompt, or a grid of several prompts or scales, into one picture."""
+    """Draw images of a prompt, or a grid of several prompts or scales, into one picture or a folder.
+
+    A folder gets metadata.jsonl and settings.json too, goes on where it was stopped, grows with more prompts, scales
+    or -n, and is shared among the processes of torchrun or accelerate launch.
+    """
     texts = _prompts(prompt, prompts)
     values = scales or [scale]
     # what is bad is refused before weights are read
     if negative is None and away != 1.0:
         raise ValueError(f"--away is {away} without --negative, expected both or none")
-    guidances = [
-        Guidance(value if negative is None else branches.negative(value, away)) for value in values
-    ]
+
+    def guidance_at(value: float) -> Guidance:
+        return Guidance(value if negative is None else branches.negative(value, away))
+
+    guidances = [guidance_at(value) for value in values]
     TokenFilter(temperature, top_k, top_p)
-    check_picture_name(out)
+    into_folder = _is_folder(out)
+    processes = join_processes()
+    if not into_folder and processes.num_processes > 1:
+        raise ValueError(
+            f"--out is {out}, a picture, with {processes.num_processes} processes: expected a folder, whose images they "
+            "can share, or one process"
+        )
     pipe = TextToImage.from_pretrained(weights, family)
-    jobs = [(text, seed + i) for text in texts for i in range(n)]
     known = {
         name: _open_picture(name, file, pipe.tokenizer.config.image_size)
         for name, file in (("init-image", init_image), ("mask", mask))
         if file is not None
     }
+    options: Options = {
+        "steps": steps,
+        "solver": solver,
+        "reveal": reveal,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guide_at": guide_at,
+        "refresh": refresh,
+        "compile": compile,
+        "init_image": known.get("init-image"),
+        "mask": known.get("mask"),
+    }
+    others = None if negative is None else {"negative": negative}
+    if into_folder:
+        try:
+            count = draw_folder(
+                pipe,
+                texts,
+                out,
+                n=n,
+                seed=seed,
+                scales=values,
+                guidance=guidance_at,
+                branches=others,
+                command=_command(),
+                **options,
+            )
+        except KeyboardInterrupt:
+            print("\ninterrupted: the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if processes.is_main_process:
+            print(f"{count} images are in {out}")
+        return
+    jobs = [(text, seed + i) for text in texts for i in range(n)]
     total = len(guidances) * -(-len(jobs) // BATCH) * pipe.num_steps(steps)
     columns: list[list[Image.Image]] = []
     with tqdm(total=total, desc="drawing", unit="step") as bar:
@@ -149,20 +213,10 @@ def generate(
                 [text for text, _ in jobs],
                 seeds=[number for _, number in jobs],
                 guidance=guidance,
-                branches=None if negative is None else {"negative": negative},
+                branches=others,
                 batch_size=BATCH,
-                steps=steps,
-                solver=solver,
-                reveal=reveal,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guide_at=guide_at,
-                refresh=refresh,
-                compile=compile,
-                init_image=known.get("init-image"),
-                mask=known.get("mask"),
                 callback=advance,
+                **options,
             )
             columns.append(column)
     picture = _arrange(texts, values, columns, n, seed)
@@ -239,12 +293,7 @@ def compare(
     if prompt is None:
         raise ValueError("expected a PROMPT, --data or --study")
     out = out or Path("out/compare.png")
-    if out.suffix and not out.is_dir():
-        check_picture_name(out)
-    if out.is_file() and not out.suffix:
-        raise ValueError(
-            f"--out is {out}, a file: expected a folder, or a picture such as {out}.png"
-        )
+    _is_folder(out)  # or a picture, or refused
     weights = weights or "shapes"
     names = families or held_families(weights)
     values = scales or [1.0, 2.0, 4.0, 8.0, 16.0]
@@ -297,9 +346,8 @@ def _study(
     if extra:
         changes["variants"] = (*settings.variants, *extra)
     settings = dataclasses.replace(settings, **changes)
-    command = f"unicfg {shlex.join(sys.argv[1:])}"
-    results = run(settings, out, command=command)
-    if not is_main_process():
+    results = run(settings, out, command=_command())
+    if not join_processes().is_main_process:
         return
     failed = [own for own in results.cells if own.failure is not None]
     for own in failed:
@@ -307,13 +355,6 @@ def _study(
     print(f"the report is in {write_report(out)}")
     if len(failed) == len(results.cells):
         raise typer.Exit(1)
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first of several."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 @app.command()
@@ -334,6 +375,27 @@ def demo(
     from unicfg.demo.page import launch
 
     launch(weights=weights, host=host, port=port, families=families)
+
+
+def _command() -> str:
+    """What was typed."""
+    return f"unicfg {shlex.join(sys.argv[1:])}"
+
+
+def _is_folder(out: Path) -> bool:
+    """Whether ``--out`` is a folder for many files, as one that is there or has no suffix; else it is a picture.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if out.is_file() and not out.suffix:
+        raise ValueError(
+            f"--out is {out}, a file: expected a folder, or a picture such as {out}.png"
+        )
+    if out.suffix and not out.is_dir():
+        check_picture_name(out)
+        return False
+    return True
 
 
 def _open_picture(name: str, file: Path, size: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file, written beside and renamed, so that a kill leaves the last whole one.
 
-Nothing is pickled. A checkpoint holds the model, its moving average, the optimizers and the state of every
-random generator; the learning rate and the order of the data are functions of the step.
+Nothing is pickled. A checkpoint holds the model, its moving average and the optimizers, whole even where processes
+had a share of them each; learning rate, order of the data and random numbers are functions of the step.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenizers_vq.hub import write_atomically
+from tokenizers_vq.hub import read_tensors, write_atomically
 
 SUFFIX = ".safetensors"
 
@@ -29,11 +29,22 @@ def training_state(
     for which, optimizer in enumerate(optimizers):
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer {which}/{index}/{k}": v for k, v in entries.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
     # average and model may share nothing, but tied weights would: safetensors refuses shared memory
-    return {k: v.detach().cpu().clone() for k, v in tensors.items()}
+    return {k: gathered(v.detach()).cpu().clone() for k, v in tensors.items()}
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that processes may have a share of each; all of them take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shared_out(tensor: Tensor, example: Tensor) -> Tensor:
+    """Undo :func:`gathered`: this process's share, as it has one of ``example``."""
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(example.device), example.device_mesh, example.placements, src_data_rank=None
+    )
 
 
 def restore_training_state(
@@ -47,18 +58,23 @@ def restore_training_state(
     Raises:
         RuntimeError: if keys or shapes do not match the model.
     """
-    model.load_state_dict(_under(tensors, "model/"))
-    average.load_state_dict(_under(tensors, "average/"))
+    for name, module in (("model/", model), ("average/", average)):
+        own = module.state_dict()
+        found = _under(tensors, name)
+        # keys that the module lacks are left for load_state_dict to name
+        module.load_state_dict(
+            {k: _shared_out(v, own[k]) if k in own else v for k, v in found.items()}
+        )
     for which, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [own for group in optimizer.param_groups for own in group["params"]]
         for key, tensor in _under(tensors, f"optimizer {which}/").items():
             index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = tensor
+            of = parameters[int(index)]
+            shared = _shared_out(tensor, of) if tensor.shape == of.shape else tensor
+            state.setdefault(int(index), {})[name] = shared
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["random/cpu"])
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -102,10 +118,11 @@ class Checkpoints:
         """
         for file in reversed(self.files()):
             try:
-                with safe_open(file, framework="pt") as handle:
-                    metadata = handle.metadata()
-                    tensors = {key: handle.get_tensor(key) for key in list(handle.keys())}
-                return int(metadata["step"]), tensors, json.loads(metadata["settings"])
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                tensors, metadata = read_tensors(file)
+                step, settings = int(metadata["step"]), json.loads(metadata["settings"])
+                if step < 0 or not isinstance(settings, dict):
+                    raise ValueError(f"step is {step} and settings {settings!r:.100}")
+                return step, tensors, settings
+            except (OSError, KeyError, ValueError, RecursionError) as error:
                 print(f"{file} is no whole checkpoint ({error}); trying the one before")
         return None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
+import stat
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenizers_vq.hub import read_bounded
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# what Pillow may open, whatever the name says: nothing that runs another program or has fallen out of use
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MOST_PIXELS = 50_000_000  # of a picture; with what it takes to decode and convert them about 500 MB
+MOST_BYTES = 1 << 26  # of a picture's file
+MOST_PIECES = 300_000  # of a picture's file
+MOST_TEXT = 1 << 20  # characters of a line of metadata, and of a caption's file
+MOST_NAME = 4096  # characters of a path
 NAMED = 5  # files that a warning or an error names before it only counts
 
 # What Pillow raises for files that are missing, cut off, no images, or too large to be decoded safely.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -33,6 +45,9 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+
+_OPENING = threading.Lock()  # filters of warnings are shared by all threads
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,9 @@ class ImageSet:
         if not 0 <= fraction < 1:
             raise ValueError(f"fraction is {fraction}, expected a share in [0, 1)")
         if any("split" in attributes for attributes in self.attributes):
-            held_out = [str(a.get("split", "")).startswith("val") for a in self.attributes]
+            held_out = [is_validation(a.get("split")) for a in self.attributes]
         else:
-            held_out = [_hash_share(f"{i} {c}") < fraction for i, c in enumerate(self.captions)]
+            held_out = [is_held_out(i, c, fraction) for i, c in enumerate(self.captions)]
         return (
             self.select([i for i, val in enumerate(held_out) if not val]),
             self.select([i for i, val in enumerate(held_out) if val]),
@@ -121,13 +136,15 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
     3. subfolders like ``train`` and ``validation`` with such a file each: their names become the "split".
     4. the caption in a ``.txt`` file beside each image, of the same name; subfolders are read too.
 
-    Images are turned as their EXIF orientation says and composited on white where they are transparent. The
-    longer side is resized to ``size`` (Lanczos); an image that is not square is padded with white, not cropped.
+    Images are turned as their EXIF orientation says and composited on white where they are transparent; of an animated one
+    the first frame is taken. The longer side is resized to ``size`` (Lanczos); an image that is not square is padded with
+    white, not cropped. An image that the metadata names twice is there twice, with each caption.
 
-    A file that cannot be used does not end the reading: broken, missing or oversized images, images without a
-    caption and captions without an image are listed in ``skipped`` and told in one warning. Where there is
-    metadata, images count as lacking a caption if they lie in a folder that the metadata speaks of. Hidden
-    files are not looked at.
+    A file that cannot be used does not end the reading: broken, missing or oversized images (50 million pixels, 64 MiB),
+    those of another format than PNG, JPEG, WebP, BMP, GIF, TIFF or PPM or with pixels in floating point, links that lead
+    out of the folder, images without a caption and captions without an image are listed in ``skipped`` and told in one
+    warning. Where there is metadata, images count as lacking a caption if they lie in a folder that the metadata speaks of.
+    Hidden files are not looked at.
 
     Args:
         path: the folder.
@@ -139,7 +156,8 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if ``size`` is below 1, the folder holds none of the conventions, a metadata line is malformed
+        OSError: if metadata cannot be read.
+        ValueError: if ``size`` is below 1, the folder holds none of the conventions, a metadata line is malformed, too long
             or names a file outside of the folder, or no image at all could be used.
     """
     folder = Path(path)
@@ -147,19 +165,19 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}, expected one with captioned images")
-    entries, skipped = _find_entries(folder)
+    entries, skipped = find_entries(folder)
     images: list[np.ndarray[Any, Any]] = []
     read: list[_Entry] = []
     for entry in tqdm(entries, desc=f"reading {folder.name}", disable=not progress):
         try:
-            images.append(_read_image(folder / entry.file, size))
+            images.append(read_image(folder / entry.file, size))
             read.append(entry)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             skipped.append((entry.file, f"{type(error).__name__}: {error}"))
     if not images:
-        raise ValueError(f"{folder} has no usable image, {_summary(skipped)}")
+        raise ValueError(f"{folder} has no usable image, {summary_of(skipped)}")
     if skipped:
-        warnings.warn(f"{folder}: {_summary(skipped)}", stacklevel=2)
+        warnings.warn(f"{folder}: {summary_of(skipped)}", stacklevel=2)
     return ImageSet(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         [entry.caption for entry in read],
@@ -177,7 +195,7 @@ class _Entry:
     attributes: dict[str, Any]
 
 
-def _find_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
+def find_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
     """The captioned images of a folder by the first convention found, and what lacks its partner."""
     for name, rows in (("metadata.jsonl", _json_rows), ("metadata.csv", _csv_rows)):
         file = folder / name
@@ -203,7 +221,10 @@ def _split_entries(parts: list[Path]) -> tuple[list[_Entry], list[tuple[str, str
     entries: list[_Entry] = []
     skipped: list[tuple[str, str]] = []
     for part in parts:
-        found, missed = _find_entries(part)
+        if reason := _out_of_reach(part.parent, part.name):
+            skipped.append((part.name, reason))
+            continue
+        found, missed = find_entries(part)
         for entry in found:
             attributes = {"split": part.name, **entry.attributes}
             entries.append(_Entry(f"{part.name}/{entry.file}", entry.caption, attributes))
@@ -220,9 +241,16 @@ def _metadata_entries(
     named: set[str] = set()
     for line, row in rows:
         name, caption = (_text_field(row, key, f"{file} line {line}") for key in _REQUIRED)
+        if reason := _out_of_reach(folder, name):
+            skipped.append((name[:100], reason))
+            named.add(Path(name).as_posix())
+            continue
         inside = os.path.normpath(name)
-        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-            raise ValueError(f"{file} line {line}: file_name {name!r} is outside of the folder")
+        elsewhere = PureWindowsPath(name)  # the same folder may be read on another system
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or elsewhere.drive:
+            raise ValueError(
+                f"{file} line {line}: file_name {name!r:.200} is outside of the folder"
+            )
         named.add(Path(inside).as_posix())
         if caption.strip():
             rest = {key: value for key, value in row.items() if key not in _REQUIRED}
@@ -245,27 +273,50 @@ def _text_field(row: dict[str, Any], key: str, where: str) -> str:
         raise ValueError(f"{where}: no {key!r}, expected file_name and text")
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} is {value!r}, expected a text")
+        raise ValueError(f"{where}: {key} is {value!r:.200}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key} holds half of a character: {error}") from None
     return value
+
+
+def _out_of_reach(folder: Path, name: str) -> str | None:
+    """Why a file of a folder is not read, as far as its name tells; None if it may be."""
+    if "\0" in name:
+        return "a NUL in its name"
+    if len(name) > MOST_NAME:
+        return f"its name has {len(name)} characters, expected at most {MOST_NAME}"
+    root, file = os.path.realpath(folder), os.path.realpath(folder / name)
+    if os.path.commonpath([root, file]) != root and os.path.lexists(folder / name):
+        return "a link that leads out of the folder"
+    return None
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not blank."""
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, parse_constant=_no_number)
+        except ValueError as error:
             raise ValueError(f"{file} line {number} is no JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{file} line {number} is nested too deeply") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{file} line {number} is {row!r}, expected an object")
+            raise ValueError(f"{file} line {number} is {row!r:.200}, expected an object")
         yield number, row
+
+
+def _no_number(name: str) -> float:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"found {name}, expected a number")
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of each row below the header."""
-    reader = csv.DictReader(_read_text(file).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(_lines(file), strict=True)
     try:
         for row in reader:
             # DictReader gives None as the key of values too many and as the value of columns too few.
@@ -277,12 +328,34 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{file} line {reader.line_num} is no CSV: {error}") from error
 
 
-def _read_text(file: Path) -> str:
-    """A text file in UTF-8, with or without the byte order mark that spreadsheets write."""
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8, with or without the byte order mark that spreadsheets write."""
+    if reason := _out_of_reach(file.parent, file.name):
+        raise ValueError(f"{file} is not read: {reason}")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig") as handle:
+            while line := handle.readline(MOST_TEXT + 1):
+                if len(line) > MOST_TEXT:
+                    raise ValueError(
+                        f"{file} has a line of more than {MOST_TEXT} characters, expected one an image"
+                    )
+                yield line
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+
+
+def _read_text(file: Path) -> str:
+    """A small text file in UTF-8, with or without a byte order mark."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file")
+    try:
+        with file.open(encoding="utf-8-sig") as handle:
+            text = handle.read(MOST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{file} has more than {MOST_TEXT} characters, expected a caption")
+    return text
 
 
 def _sidecar_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
@@ -295,6 +368,9 @@ def _sidecar_entries(folder: Path) -> tuple[list[_Entry], list[tuple[str, str]]]
         sidecar = captions.get(str(Path(image).with_suffix("")))
         if sidecar is None:
             skipped.append((image, "no caption: no .txt file beside it"))
+            continue
+        if reason := _out_of_reach(folder, image) or _out_of_reach(folder, sidecar):
+            skipped.append((image, reason))
             continue
         try:
             caption = _read_text(folder / sidecar).strip()
@@ -317,13 +393,57 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(p.as_posix() for p in found if not any(part[0] == "." for part in p.parts))
 
 
-def _read_image(file: Path, size: int) -> np.ndarray[Any, Any]:
-    """One image as uint8 (size, size, 3)."""
-    with warnings.catch_warnings():
-        # Pillow only warns up to twice its limit; here the limit is the limit.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as opened:
-            image = _on_white(ImageOps.exif_transpose(opened))
+def read_image(file: Path | io.BytesIO, size: int) -> np.ndarray[Any, Any]:
+    """One image, in a file or in memory, as uint8 (size, size, 3).
+
+    Raises:
+        UNREADABLE: if there is none, or it is too large.
+    """
+    content = _Pieces(_content(file) if isinstance(file, Path) else file.getvalue())
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow makes the best of
+            # Pillow only warns up to twice its limit; here the limit is the limit.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(content, formats=FORMATS)
+        with opened:
+            return _squared(opened, size)
+    except UNREADABLE:
+        raise
+    except Exception as error:  # Pillow's readers have no common base class for what is no picture
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a picture: once in memory, no change of the file can pull them away."""
+    if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+        raise ValueError("it is no regular file")
+    return read_bounded(file, MOST_BYTES)
+
+
+class _Pieces(io.BytesIO):
+    """Bytes that are read in so many pieces and no more: some files consist of millions, which takes minutes."""
+
+    left = MOST_PIECES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(f"it consists of more than {MOST_PIECES} pieces")
+        return super().read(size)
+
+    def __repr__(self) -> str:
+        return "of these bytes"
+
+
+def _squared(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
+    """An image that was opened, turned upright, resized and padded."""
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError(
+            f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS}"
+        )
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _on_white(image)
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     if image.size != (width, height):
@@ -336,6 +456,22 @@ def _read_image(file: Path, size: int) -> np.ndarray[Any, Any]:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """An RGB image: transparent ones composited on white, others converted."""
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating point, expected 8 or 16 bits: which is white is not said"
+        )
+    image.load()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    whole = Image.new("RGB", image.size)
+    rows = max(1, 1_000_000 // image.width)  # in strips: each conversion is another copy
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(_strip_on_white(strip), (0, top))
+    return whole
+
+
+def _strip_on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit grey: Pillow's own conversion would clip all above 255 to white.
         grey = np.asarray(image).astype(np.int64) // 257
@@ -347,12 +483,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _hash_share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big") / 2**64
+def is_validation(split: object) -> bool:
+    """Whether an image whose data names its split belongs to the validation images."""
+    return str(split or "").startswith("val")
 
 
-def _summary(skipped: Sequence[tuple[str, str]]) -> str:
+def is_held_out(position: int, caption: str, fraction: float) -> bool:
+    """Whether an image of data that names no split is one of the ``fraction`` of validation images."""
+    digest = hashlib.sha1(f"{position} {caption}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def summary_of(skipped: Sequence[tuple[str, str]]) -> str:
     """How many files were skipped, and the first of them with their reasons."""
     first = "; ".join(f"{name} ({reason})" for name, reason in skipped[:NAMED])
     more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""

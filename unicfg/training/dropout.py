@@ -6,12 +6,48 @@ conditional and the unconditional output (Ho and Salimans, arXiv 2207.12598, alg
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Condition: TypeAlias = "Tensor | tuple[Condition, ...] | list[Condition] | dict[str, Condition]"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of ``count`` equal parts of a batch: what one process holds of it, or one pass of several.
+
+    Random numbers are drawn for the whole batch, and each part takes its rows, so that a training does not depend
+    on how its batches are split.
+
+    Attributes:
+        index: 0 to count - 1.
+        count: of the parts.
+
+    Raises:
+        ValueError: if ``index`` is not in that range.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"index is {self.index}, expected 0 to {self.count - 1}")
+
+    def whole(self, rows: int) -> int:
+        """Rows of the batch of which this part has ``rows``."""
+        return rows * self.count
+
+    def rows(self, of_whole: Tensor) -> Tensor:
+        """This part's rows of a tensor (B * count, ...) for the whole batch: (B, ...)."""
+        return of_whole.chunk(self.count)[self.index]
+
+
+WHOLE = Part()
 
 
 def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor) -> Condition:
@@ -72,6 +108,7 @@ class ConditionDropout(nn.Module):
     In training mode the condition of each sample is replaced by ``null_condition`` with probability ``p``,
     independently; in eval mode the wrapper is transparent. The draws come from a generator of its own, whose
     state is part of ``state_dict``, so a resumed run drops what the uninterrupted one would have dropped.
+    Processes that train on parts of one batch call :meth:`reseed` before each step, or are made with another seed each.
 
     The wrapper owns the null condition and samplers read it from here, so what was trained is what is sampled.
     A floating-point tensor becomes a parameter and is trained with the model. Ids become a buffer: the
@@ -82,7 +119,7 @@ class ConditionDropout(nn.Module):
         null_condition: what stands for "no condition": a tensor without batch dimension (T,) or (T, D), or a
             tuple, list or dict of tensors.
         p: probability of dropping, in [0, 1].
-        seed: of the draws; give each process another.
+        seed: of the draws.
 
     Raises:
         ValueError: if ``p`` lies outside [0, 1].
@@ -102,6 +139,17 @@ class ConditionDropout(nn.Module):
         self.p = p
         self._structure = self._register(null_condition)
         self._random = torch.Generator().manual_seed(seed)
+        self._part = WHOLE
+
+    def reseed(self, seed: int, part: Part = WHOLE) -> None:
+        """Begin the draws anew.
+
+        Args:
+            seed: the same gives the same draws; one for each step, equal in all processes.
+            part: of the batch, which the next calls get: they drop what they would drop of the whole batch.
+        """
+        self._random.manual_seed(seed)
+        self._part = part
 
     def _register(self, condition: Condition) -> Any:
         """Store each tensor under a numbered name; returns the structure with names for tensors."""
@@ -132,8 +180,9 @@ class ConditionDropout(nn.Module):
     def forward(self, x: Any, cond: Condition, *args: Any, **kwargs: Any) -> Any:
         """Call the model with ``cond``, or in training mode with the null condition for some samples."""
         if self.training and self.p > 0:
-            drop = torch.rand(_batch_size(cond), generator=self._random) < self.p
-            cond = drop_condition(cond, self.null_condition, drop)
+            rows = self._part.whole(_batch_size(cond))
+            drop = torch.rand(rows, generator=self._random) < self.p
+            cond = drop_condition(cond, self.null_condition, self._part.rows(drop))
         return self.model(x, cond, *args, **kwargs)
 
     def get_extra_state(self) -> Tensor:

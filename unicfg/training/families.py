@@ -19,6 +19,7 @@ from models import (
 )
 from models.labels import PromptEncoder
 from tokenizers_vq import VQTokenizerConfig
+from unicfg.training.dropout import Part
 from unicfg.training.losses import (
     Noising,
     denoising_loss,
@@ -28,8 +29,8 @@ from unicfg.training.losses import (
 )
 from unicfg.training.recipe import Family, HeadRecipe, ModelRecipe, NoiseRecipe
 
-Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
-"""(model, data, cond, generator) -> scalar."""
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator, Part], Tensor]
+"""(model, data, cond, generator, part of the batch) -> scalar."""
 
 
 def make_network(
@@ -109,21 +110,21 @@ def training_data(family: Family) -> Literal["ids", "latents"]:
 def training_loss(recipe: ModelRecipe, network: nn.Module) -> Loss:
     """The loss of a network that :func:`make_network` made from the same recipe."""
     if isinstance(network, TokenTransformer):
-        return lambda model, ids, cond, generator: token_loss(model, ids, cond)
+        return lambda model, ids, cond, generator, part: token_loss(model, ids, cond)
     if isinstance(network, MaskedTransformer):
         mask_token = network.mask_token
-        return lambda model, ids, cond, generator: masked_loss(
-            model, ids, cond, mask_token, generator
+        return lambda model, ids, cond, generator, part: masked_loss(
+            model, ids, cond, mask_token, generator, part
         )
     if isinstance(network, LatentDenoiser):
         noising = _noising(recipe, network)
-        return lambda model, latents, cond, generator: denoising_loss(
-            model, latents, cond, noising, generator
+        return lambda model, latents, cond, generator, part: denoising_loss(
+            model, latents, cond, noising, generator, part
         )
     assert isinstance(network, HybridTransformer)
     noising = _noising(recipe, network.head)
     masked = network.order == "masked"
-    return lambda model, latents, cond, generator: hybrid_loss(
+    return lambda model, latents, cond, generator, part: hybrid_loss(
         model,
         latents.flatten(2).transpose(1, 2),
         cond,
@@ -132,6 +133,7 @@ def training_loss(recipe: ModelRecipe, network: nn.Module) -> Loss:
         masked,
         generator,
         recipe.head.context_noise,
+        part,
     )
 
 
@@ -149,6 +151,11 @@ def _noising(recipe: ModelRecipe, denoiser: LatentDenoiser | nn.Module) -> Noisi
     )
 
 
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one training step: a function of these two alone, so that a resumed run draws the same."""
+    return seed * 1_000_003 + step
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one training step: a function of seed and step alone."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    """The random numbers of one training step."""
+    return torch.Generator().manual_seed(step_seed(seed, step))

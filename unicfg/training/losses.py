@@ -1,7 +1,8 @@
-"""The training loss of every family: ``loss(model, data, cond, generator) -> scalar``.
+"""The training loss of every family: ``loss(model, data, cond, generator, part) -> scalar``.
 
 ``model`` is called as ``model(x, cond, ...)``, so it may be the bare network or its ``ConditionDropout``. All random
-numbers come from ``generator``, on the CPU.
+numbers come from ``generator``, on the CPU. They are drawn for the whole batch of a step, and a process that holds a
+part of it takes its rows: the mean of the parts' losses is the loss of the batch, however it is split.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from unicfg.guidance.spaces import Space, check_space, join
 from unicfg.sampling.paths import Path, shift_time
+from unicfg.training.dropout import WHOLE, Part
 
 
 def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
@@ -25,21 +27,27 @@ def token_loss(model: nn.Module, ids: Tensor, cond: Tensor) -> Tensor:
 
 
 def masked_loss(
-    model: nn.Module, ids: Tensor, cond: Tensor, mask_token: int, generator: torch.Generator
+    model: nn.Module,
+    ids: Tensor,
+    cond: Tensor,
+    mask_token: int,
+    generator: torch.Generator,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Cross-entropy of the masked ones of image tokens (B, L), in nats a masked token.
 
     The share to mask is cos(pi u / 2) with u uniform for each sample, at least one token (Chang et al.,
     arXiv 2202.04200, section 3.3).
     """
-    masked = random_mask(ids.shape, generator).to(ids.device)
+    of_all = random_mask(part.whole(ids.shape[0]), ids.shape[1], generator)
+    masked = part.rows(of_all).to(ids.device)
     logits = model(ids.masked_fill(masked, mask_token), cond)
-    return F.cross_entropy(logits[masked].float(), ids[masked])
+    loss = F.cross_entropy(logits[masked].float(), ids[masked], reduction="sum")
+    return loss * (part.count / of_all.sum().item())
 
 
-def random_mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
+def random_mask(batch: int, length: int, generator: torch.Generator) -> Tensor:
     """Which tokens to hide, bool (B, L), by the cosine law of MaskGIT."""
-    batch, length = shape
     share = torch.cos(math.pi / 2 * stratified(batch, generator))
     count = (share * length).ceil().clamp(1, length)
     rank = torch.rand(batch, length, generator=generator).argsort(1).argsort(1)
@@ -123,15 +131,21 @@ class Noising:
 
 
 def denoising_loss(
-    model: nn.Module, latents: Tensor, cond: Tensor, noising: Noising, generator: torch.Generator
+    model: nn.Module,
+    latents: Tensor,
+    cond: Tensor,
+    noising: Noising,
+    generator: torch.Generator,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Weighted squared error of a denoiser's predictions, for latents (B, C, h, w)."""
-    t = noising.draw_times(len(latents), generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    t, noise = t.to(latents.device), noise.to(latents.device)
+    batch = part.whole(len(latents))
+    t = part.rows(noising.draw_times(batch, generator)).to(latents.device)
+    noise = part.rows(torch.randn((batch, *latents.shape[1:]), generator=generator))
+    noise = noise.to(latents.device)
     alpha, sigma = noising.path.coefficients(t.view(-1, *[1] * (latents.ndim - 1)))
     out = model(alpha * latents + sigma * noise, cond, t)
-    return _squared_error(out, latents, noise, alpha, sigma, noising)
+    return _squared_errors(out, latents, noise, alpha, sigma, noising).mean()
 
 
 def hybrid_loss(
@@ -143,6 +157,7 @@ def hybrid_loss(
     masked: bool,
     generator: torch.Generator,
     context_noise: float = 0.0,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Weighted squared error of a hybrid's head, for latents (B, L, C).
 
@@ -160,6 +175,7 @@ def hybrid_loss(
         context_noise: the transformer sees latents with noise of a deviation drawn up to this for each sample, as a
             remedy for errors that add up: in sampling it goes on from latents that are not quite those of an image
             (NextStep-1, arXiv 2508.10711, has it in the tokenizer). What the head is to predict stays clean.
+        part: of the batch, which these latents are.
 
     Raises:
         ValueError: if ``draws`` is less than 1, or ``context_noise`` negative or not finite.
@@ -168,34 +184,32 @@ def hybrid_loss(
         raise ValueError(f"draws is {draws}, expected at least 1")
     if not 0 <= context_noise < math.inf:
         raise ValueError(f"context_noise is {context_noise}, expected a finite number >= 0")
-    batch, length, _ = latents.shape
-    t = noising.draw_times(draws * batch * length, generator).view(draws, batch, length)
-    noise = torch.randn((draws, *latents.shape), generator=generator)
-    hidden = random_mask(latents.shape[:2], generator).to(latents.device) if masked else None
-    t, noise = t.to(latents.device), noise.to(latents.device)
+    length = latents.shape[1]
+    batch = part.whole(len(latents))
+    # rows first, so that a part can be taken; the draws of a sample then go in front
+    t = noising.draw_times(batch * draws * length, generator).view(batch, draws, length)
+    noise = torch.randn((batch, draws, *latents.shape[1:]), generator=generator)
+    t, noise = (part.rows(own).transpose(0, 1).to(latents.device) for own in (t, noise))
     alpha, sigma = noising.path.coefficients(t[..., None])
+    of_all = random_mask(batch, length, generator) if masked else None
+    hidden = None if of_all is None else part.rows(of_all).to(latents.device)
     known = None if hidden is None else ~hidden
     context = latents
     if context_noise > 0:
         level = context_noise * torch.rand(batch, 1, 1, generator=generator)
-        disturbance = level * torch.randn(latents.shape, generator=generator)
-        context = latents + disturbance.to(latents)
+        disturbance = level * torch.randn((batch, *latents.shape[1:]), generator=generator)
+        context = latents + part.rows(disturbance).to(latents)
     out = model(context, cond, alpha * latents + sigma * noise, t, known)
-    target = latents.expand_as(noise)
-    if hidden is None:
-        return _squared_error(out, target, noise, alpha, sigma, noising)
-    return _squared_error(
-        out[:, hidden],
-        target[:, hidden],
-        noise[:, hidden],
-        alpha[:, hidden],
-        sigma[:, hidden],
-        noising,
-    )
+    errors = _squared_errors(out, latents.expand_as(noise), noise, alpha, sigma, noising)
+    if hidden is None or of_all is None:
+        return errors.mean()
+    # weighed by the hidden latents of the whole batch: parts may hide more or fewer
+    share = part.count / (of_all.sum().item() * draws * latents.shape[2])
+    return errors[:, hidden].sum() * share
 
 
-def _squared_error(
+def _squared_errors(
     out: Tensor, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, noising: Noising
 ) -> Tensor:
     target = join(x0, eps, alpha, sigma, noising.space)
-    return (noising.weight(alpha, sigma) * (out.float() - target).square()).mean()
+    return noising.weight(alpha, sigma) * (out.float() - target).square()

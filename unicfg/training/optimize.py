@@ -1,27 +1,44 @@
-"""The training loop, the same for tokenizers and for models of every family."""
+"""The training loop, the same for tokenizers and for models of every family, on one process or many.
+
+A batch is split into equal parts, one for each process, or several where a recipe says ``accumulate``. Order, losses
+and condition dropout do not depend on the split, so a recipe is the same training on any number of processes, up to
+the rounding of sums (and to the draws of ``dropout`` in the network, which differ by part).
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from unicfg.training.checkpoint import Checkpoints, restore_training_state, training_state
+from unicfg.processes import join_processes
+from unicfg.training.checkpoint import (
+    Checkpoints,
+    gathered,
+    restore_training_state,
+    training_state,
+)
+from unicfg.training.dropout import Part
+from unicfg.training.families import step_seed
 from unicfg.training.recipe import LOGGING_SETTINGS, Optimization
 
-LossFunction = Callable[[nn.Module, Any, int], Tensor]
-"""(module, batch, step) -> scalar loss."""
+LossFunction = Callable[[nn.Module, Any, int, Part], Tensor]
+"""(module, this part of the batch, step, part) -> scalar loss; the mean over the parts is the loss of the batch."""
 Report = Callable[[nn.Module, int], dict[str, float]]
 """(moving average, step) -> numbers for the log; draws pictures as it likes."""
 
@@ -42,6 +59,7 @@ class EpochBatches(Sampler[list[int]]):
             raise ValueError(f"count is {count}, expected at least one sample to train on")
         self.count, self.batch_size = count, min(batch_size, count)
         self.steps, self.seed, self.start = steps, seed, start
+        self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
         """Batches that are left."""
@@ -49,15 +67,18 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of one batch after another."""
-        per_epoch = self.count // self.batch_size
-        epoch, order = -1, torch.empty(0)
         for step in range(self.start, self.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.count, generator=generator)
-            first = step % per_epoch * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            yield self.at(step)
+
+    def at(self, step: int) -> list[int]:
+        """The indices of the batch of one step."""
+        per_epoch = self.count // self.batch_size
+        if step // per_epoch != self._epoch:
+            self._epoch = step // per_epoch
+            generator = torch.Generator().manual_seed(step_seed(self.seed, self._epoch))
+            self._order = torch.randperm(self.count, generator=generator)
+        first = step % per_epoch * self.batch_size
+        return self._order[first : first + self.batch_size].tolist()
 
 
 class MetricsLog:
@@ -100,90 +121,128 @@ def fit(
     resume: bool = False,
     report: Report | None = None,
     tracker: bool = True,
+    workers: int = 0,
+    shard: bool = False,
+    find_unused: bool = False,
 ) -> nn.Module:
     """Train ``module`` and return its moving average, in eval mode.
 
-    Writes ``metrics.jsonl``, tensorboard events where that is installed, and checkpoints into ``folder``.
+    The first process writes ``metrics.jsonl``, tensorboard events where that is installed, and checkpoints into
+    ``folder``, which all processes can read.
 
     Args:
         module: what to train.
         data: a map-style dataset of the samples.
-        loss_function: ``(module, batch, step) -> loss``.
-        settings: the optimization section of the recipe.
+        loss_function: ``(module, batch, step, part) -> loss``.
+        settings: the optimization section of the recipe; its ``batch_size`` is that of all processes together.
         folder: for logs and checkpoints.
         resume: continue from the newest whole checkpoint in ``folder``, exactly as if never interrupted.
-        report: called with the moving average every ``sample_every`` steps, and at the end.
+        report: called in the first process with the moving average every ``sample_every`` steps, and at the end.
         tracker: write tensorboard events.
+        workers: processes that read samples ahead, of each process.
+        shard: split parameters, their average, gradients and the optimizers' state among the processes (FSDP), where
+            there are several; else each has all of them (DDP).
+        find_unused: whether some steps leave parameters without a gradient.
 
     Raises:
-        ValueError: if there is nothing to train on, or the checkpoint was made with other settings.
-        FloatingPointError: if the loss or its gradient is not finite; names the step.
+        ValueError: if there is nothing to train on, a batch cannot be split among the processes, or the checkpoint was
+            made with other settings.
+        FloatingPointError: if the loss or its gradient is not finite in more steps in a row than ``skip_not_finite``
+            allows; names the step and the samples.
         OSError: if a checkpoint cannot be written; the one before stays whole.
     """
+    state = join_processes()
     accelerator = Accelerator(
         log_with="tensorboard" if tracker and _has_tensorboard() else None,
         project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )
     # not accelerate's: its mixed precision is one for the whole process, a tokenizer and a model may differ
     bfloat16 = torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=_uses_bfloat16(settings)
     )
-    optimizers = make_optimizers(module, settings)
+    batches = EpochBatches(len(data), settings.batch_size, settings.steps, settings.seed)  # type: ignore[arg-type]
+    parts = state.num_processes * settings.accumulate
+    if batches.batch_size % parts:
+        raise ValueError(
+            f"batch_size is {batches.batch_size}, expected a multiple of {parts}: "
+            f"{state.num_processes} processes with accumulate {settings.accumulate}"
+        )
+    shard = shard and state.num_processes > 1
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     average.to(accelerator.device)
+    plain = copy.deepcopy(module) if shard else average.module
+    if shard:
+        module.to(accelerator.device)
+        for own in (module, average.module):
+            _shard(own)
+    optimizers = make_optimizers(module, settings)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
-    start, resumed = 0, checkpoints.load() if resume else None
-    batches = EpochBatches(len(data), settings.batch_size, settings.steps, settings.seed)  # type: ignore[arg-type]
     # a generator of its own: starting an epoch draws a number, which would shift all that come after a resume
-    loader = DataLoader(data, batch_sampler=batches, generator=torch.Generator().manual_seed(0))
-    model, loader, *optimizers = accelerator.prepare(module, loader, *optimizers)
-    bare = accelerator.unwrap_model(model)
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        generator=torch.Generator().manual_seed(0),
+        num_workers=workers,
+    )
+    if shard:
+        model, loader = module, accelerator.prepare(loader)
+    else:
+        model, loader, *optimizers = accelerator.prepare(module, loader, *optimizers)
+    start, resumed = 0, checkpoints.load() if resume else None
     if resumed is not None:
         start, tensors, made_with = resumed
         _check_settings(made_with, settings, folder)
-        restore_training_state(tensors, bare, average, optimizers)
+        restore_training_state(tensors, module, average, optimizers)
         batches.start = start
     if accelerator.log_with:
         accelerator.init_trackers("events")
 
-    log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
+    log = MetricsLog(folder / "metrics.jsonl", start) if state.is_main_process else None
     bar = tqdm(
         total=settings.steps,
         initial=start,
         desc=folder.name,
-        disable=not accelerator.is_main_process,
+        disable=not state.is_main_process,
     )
-    began, seen = time.perf_counter(), 0
+    began, seen, skipped = time.perf_counter(), 0, 0
     for step, batch in enumerate(loader, start):
         model.train()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, settings)
-        with bfloat16:
-            loss = loss_function(model, batch, step)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {step}: lower the learning rate, or look at the "
-                f"batch; the last whole checkpoint is in {checkpoints.folder}"
-            )
         for optimizer in optimizers:
             optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip)
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"the gradient is {float(norm)} at step {step}: lower the learning rate; "
-                f"the last whole checkpoint is in {checkpoints.folder}"
-            )
-        for optimizer in optimizers:
-            optimizer.step()
-        average.update_parameters(bare)
-        seen += settings.batch_size
+        losses = []
+        for i in range(settings.accumulate):
+            part = Part(state.process_index * settings.accumulate + i, parts)
+            # what draws from the global generator, as dropout does, must go on after a resume as if never stopped
+            torch.manual_seed(step_seed(settings.seed, step) * parts + part.index)
+            last_part = i + 1 == settings.accumulate
+            # gradients are summed over the processes once a step
+            with nullcontext() if last_part else accelerator.no_sync(model):
+                with bfloat16:
+                    loss = loss_function(model, _rows(batch, i, settings.accumulate), step, part)
+                accelerator.backward(loss / settings.accumulate)
+            losses.append(loss.detach())
+        norm = gathered(nn.utils.clip_grad_norm_(module.parameters(), settings.clip))
+        # of all processes, so that all of them go on, or none does
+        mean = accelerator.gather(torch.stack(losses)).mean()
+        if bool(torch.isfinite(mean) & torch.isfinite(norm)):
+            skipped = 0
+            for optimizer in optimizers:
+                optimizer.step()
+            average.update_parameters(module)
+        else:
+            skipped += 1
+            _tell_not_finite(mean, norm, step, batches.at(step), checkpoints, skipped, settings)
+        seen += batches.batch_size
         done, last = step + 1, step + 1 == settings.steps
         bar.update()
         if log is not None and (done % settings.log_every == 0 or last):
             rate = seen / (time.perf_counter() - began)
             values = {
-                "loss": loss.item(),
+                "loss": float(mean),
                 "learning_rate": learning_rate(step, settings),
                 "gradient_norm": float(norm),
                 "samples_per_second": round(rate, 2),
@@ -191,16 +250,70 @@ def fit(
             bar.set_postfix(loss=f"{values['loss']:.4f}", samples_per_s=f"{rate:.0f}")
             log.write(done, values)
             accelerator.log(values, step=done)
-        if log is not None and report is not None and (done % settings.sample_every == 0 or last):
-            values = report(average.module.eval(), done)
-            log.write(done, values)
-            accelerator.log(values, step=done)
-        if log is not None and (done % settings.checkpoint_every == 0 or last):
-            state = training_state(bare, average, optimizers)
-            checkpoints.save(done, state, dataclasses.asdict(settings))
+        if report is not None and (done % settings.sample_every == 0 or last):
+            _gather(average.module, plain)
+            if log is not None:
+                values = report(plain.eval(), done)
+                log.write(done, values)
+                accelerator.log(values, step=done)
+        if done % settings.checkpoint_every == 0 or last:
+            tensors = training_state(module, average, optimizers)
+            if log is not None:
+                checkpoints.save(done, tensors, dataclasses.asdict(settings))
+            # a process that ends a training must find its checkpoint
+            state.wait_for_everyone()
     bar.close()
-    accelerator.end_training()
-    return average.module.eval()
+    for own in accelerator.trackers:  # end_training would end the run of all processes, too
+        own.finish()
+    _gather(average.module, plain)
+    return plain.eval()
+
+
+def _rows(batch: Any, index: int, count: int) -> Any:
+    """Part ``index`` of ``count`` of a tensor, or of a list of tensors, that a loader gave."""
+    if isinstance(batch, Tensor):
+        return Part(index, count).rows(batch)
+    return [_rows(own, index, count) for own in batch]
+
+
+def _tell_not_finite(
+    loss: Tensor,
+    norm: Tensor,
+    step: int,
+    samples: list[int],
+    checkpoints: Checkpoints,
+    in_a_row: int,
+    settings: Optimization,
+) -> None:
+    """Stop, or say that a step is skipped."""
+    what = "the gradient" if bool(torch.isfinite(loss)) else "loss"
+    value = float(norm if bool(torch.isfinite(loss)) else loss)
+    told = (
+        f"{what} is {value} at step {step}, batch of samples {', '.join(map(str, samples[:8]))}"
+        f"{f' and {len(samples) - 8} more' if len(samples) > 8 else ''}"
+    )
+    if in_a_row > settings.skip_not_finite:
+        raise FloatingPointError(
+            f"{told}: lower the learning rate, or look at the batch; "
+            f"the last whole checkpoint is in {checkpoints.folder}"
+        )
+    tqdm.write(f"{told}: the step is skipped ({in_a_row} of {settings.skip_not_finite} in a row)")
+
+
+def _shard(module: nn.Module) -> None:
+    """Split the parameters of a module among the processes (FSDP2); a pass gathers all of them at once.
+
+    Not block by block: the prefix goes through the blocks by a way of its own, which FSDP's hooks do not see.
+    """
+    state = join_processes()
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    fully_shard(module, mesh=mesh)
+
+
+def _gather(module: nn.Module, plain: nn.Module) -> None:
+    """Copy a module that may be split among processes into one that is not; all processes take part."""
+    if module is not plain:
+        plain.load_state_dict({key: gathered(own) for key, own in module.state_dict().items()})
 
 
 def _uses_bfloat16(settings: Optimization) -> bool:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tokenizers_vq.hub import check_counts
+from tokenizers_vq.tokenizer import MOST_PIXELS
 from unicfg.settings import build, read_mapping
 from unicfg.training.losses import check_noise_settings
 
 Family = Literal["ar", "masked", "diffusion", "flow", "hybrid"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+
+MOST = 10**9  # of whatever is counted: more is a slip
 
 # what may differ when a run is resumed: it changes no number of the training
 LOGGING_SETTINGS = {"log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
@@ -24,13 +28,36 @@ LOGGING_SETTINGS = {"log_every", "sample_every", "checkpoint_every", "keep_check
 class DataRecipe:
     """Where the captioned images come from."""
 
-    source: Literal["folder", "shapes"] = "folder"
-    path: str = ""  # folder: images with metadata.jsonl, metadata.csv or .txt beside each
+    source: Literal["folder", "shapes", "datasets"] = "folder"
+    # folder: images with metadata.jsonl, metadata.csv or .txt beside each. datasets: a folder, files such as
+    # "data/*.tar", or a repository of the hub
+    path: str = ""
+    # datasets: imagefolder, parquet, webdataset, ...; "" for a repository of the hub
+    format: str = ""
+    revision: str = ""  # datasets: branch, tag or commit of that repository
+    # datasets: the columns of picture and caption; in tar files the suffixes, such as png and txt, or json.caption
+    image: str = "image"
+    caption: str = "text"
+    # of each process: threads that decode images, and processes that read ahead in training
+    workers: int = 2
     image_size: int = 64  # pixels a side
     count: int = 20_000  # shapes: how many scenes
     wrong: float = 0.15  # shapes: share of vague or wrong captions
     unrelated: float = 0.0  # shapes: share of captions that belong to another scene
     validation: float = 0.1  # share held out, where the data names no split itself
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_counts(self, image_size=MOST_PIXELS, count=MOST)
+        for name in ("wrong", "unrelated", "validation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share in [0, 1]")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}, expected 0 or more")
+        if self.format and self.source != "datasets":
+            raise ValueError(
+                f"format is {self.format!r} with source {self.source}, expected source datasets"
+            )
 
 
 @dataclass(frozen=True)
@@ -39,7 +66,8 @@ class Optimization:
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of transformer blocks
     steps: int = 10_000
-    batch_size: int = 64
+    batch_size: int = 64  # of all processes together
+    accumulate: int = 1  # passes a step and process, each with its part of the batch: less memory, the same training
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup: int = 200  # steps
@@ -54,20 +82,27 @@ class Optimization:
     sample_every: int = 500  # steps between validation losses and sample grids
     checkpoint_every: int = 500  # steps
     keep_checkpoints: int = 2
+    skip_not_finite: int = (
+        0  # steps in a row that may be skipped as not finite before a training stops
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         counts = ("steps", "batch_size", "log_every", "sample_every", "checkpoint_every")
-        for name in (*counts, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in (*counts, "keep_checkpoints", "accumulate"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected at least 1 and at most {MOST}"
+                )
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, expected at least 0 and below 2**32")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}, expected a decay in [0, 1)")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number > 0")
-        for name in ("final_learning_rate", "weight_decay", "warmup"):
+        for name in ("final_learning_rate", "weight_decay", "warmup", "skip_not_finite"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number >= 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -102,6 +137,10 @@ class TextRecipe:
     vocabulary: int = 2048
     length: int = 32  # tokens of the prefix
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_counts(self, vocabulary=1 << 24, length=1 << 12)
+
 
 @dataclass(frozen=True)
 class NoiseRecipe:
@@ -135,8 +174,10 @@ class HeadRecipe:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("width", "depth", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"head: {name} is {getattr(self, name)}, expected at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(
+                    f"head: {name} is {getattr(self, name)}, expected at least 1 and at most {MOST}"
+                )
         if not 0 <= self.context_noise < math.inf:
             raise ValueError(
                 f"head: context_noise is {self.context_noise}, expected a finite number >= 0"

@@ -140,26 +140,52 @@ def make_shapes(
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 image")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected 0 or larger")
-    shares = {"wrong": wrong, "unrelated": unrelated, "two_objects": two_objects}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}, expected a share in [0, 1]")
-    if wrong + unrelated > 1:
-        raise ValueError(f"wrong is {wrong} and unrelated {unrelated}, expected at most 1 together")
-    _check_side(size)
+    shapes = Shapes(size=size, seed=seed, wrong=wrong, unrelated=unrelated, two_objects=two_objects)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     captions: list[str] = []
     attributes: list[dict[str, Any]] = []
     for i in range(n):
-        rng = np.random.default_rng((seed, i))
-        scene = random_scene(rng, two_objects)
-        images[i] = render(scene, size, rng)
-        kind, caption = _caption(scene, wrong, unrelated, two_objects, rng)
+        images[i], caption, known = shapes.draw(i)
         captions.append(caption)
-        attributes.append(asdict(scene) | {"caption_kind": kind, "exact_caption": describe(scene)})
+        attributes.append(known)
     return ImageSet(images, captions, attributes)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """An endless set of scenes, of which :func:`make_shapes` takes the first n; see there for the fields.
+
+    Raises:
+        ValueError: if a field is outside of its range.
+    """
+
+    size: int = 32
+    seed: int = 0
+    wrong: float = 0.15
+    unrelated: float = 0.0
+    two_objects: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or larger")
+        for name in ("wrong", "unrelated", "two_objects"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share in [0, 1]")
+        if self.wrong + self.unrelated > 1:
+            raise ValueError(
+                f"wrong is {self.wrong} and unrelated {self.unrelated}, expected at most 1 together"
+            )
+        _check_side(self.size)
+
+    def draw(self, i: int) -> tuple[Tensor, str, dict[str, Any]]:
+        """Image i, uint8 (3, size, size), its caption, and its attributes."""
+        rng = np.random.default_rng((self.seed, i))
+        scene = random_scene(rng, self.two_objects)
+        image = render(scene, self.size, rng)
+        kind, caption = _caption(scene, self.wrong, self.unrelated, self.two_objects, rng)
+        known = asdict(scene) | {"caption_kind": kind, "exact_caption": describe(scene)}
+        return image, caption, known
 
 
 def describe(scene: Scene) -> str:

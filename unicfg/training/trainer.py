@@ -1,24 +1,20 @@
-"""From a recipe to a finished pipeline: data, image tokenizer, captions, codes, model.
+"""From a recipe to a finished pipeline: images, image tokenizer, codes, model.
 
-Each stage leaves its result in the recipe's folder, and a resumed run takes it from there.
+Each stage leaves its result in the recipe's folder, and a resumed run takes it from there. Where there are several
+processes, all of them run every stage, and the first one writes what they share.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset, default_collate
 
 from models import ClassLabels, TextToImage, TextTokenizer
 from models.labels import PromptEncoder
@@ -31,119 +27,145 @@ from tokenizers_vq import (
     to_float,
     to_images,
 )
-from tokenizers_vq.hub import (
-    WEIGHTS,
-    read_json,
-    save_part,
-    write_atomically,
-    write_text_atomically,
-)
+from tokenizers_vq.hub import WEIGHTS, read_json, save_part, write_text_atomically
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
-from unicfg.training.data import ImageSet, read_folder
-from unicfg.training.dropout import ConditionDropout
+from unicfg.processes import join_processes
+from unicfg.training.dropout import WHOLE, ConditionDropout, Part
+from unicfg.training.encode import encode_images
 from unicfg.training.families import (
     Loss,
     make_network,
     step_generator,
+    step_seed,
     training_data,
     training_loss,
 )
 from unicfg.training.optimize import fit
 from unicfg.training.recipe import (
     LOGGING_SETTINGS,
-    DataRecipe,
-    ModelRecipe,
     Recipe,
+    TextRecipe,
     TokenizerRecipe,
 )
-from unicfg.training.shapes import make_shapes
+from unicfg.training.shards import Shards
+from unicfg.training.sources import open_source, prepare_images, read_captions
 
 SAMPLE_SCALES = (1.0, 3.0)
 SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
-FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts"}  # may differ when a run is resumed
+FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "workers"}  # may differ when a run is resumed
+STAGES = ("images", "tokenizer", "codes", "model")
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> TextToImage:
+def train(
+    recipe: Recipe, *, resume: bool = False, until: str = "model", fsdp: bool = False
+) -> TextToImage | None:
     """Run every stage of a recipe and save the pipeline into ``recipe.out``.
 
     Args:
         recipe: see :mod:`unicfg.training.recipe`.
         resume: go on where an interrupted run of the same recipe stopped.
+        until: the last stage to run: "images" decodes the data once, "tokenizer" trains the image tokenizer, "codes"
+            encodes all images with it, "model" trains the model.
+        fsdp: split the model among the processes, see :func:`~unicfg.training.optimize.fit`.
 
     Returns:
-        the trained pipeline.
+        the trained pipeline; None where the run ends before the model.
 
     Raises:
         ValueError: if the recipe does not fit its data, or ``recipe.out`` holds another run.
         FileNotFoundError: if the data is not there.
+        OSError: if something cannot be written, or another process is lost; what is finished stays.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if until not in STAGES:
+        raise ValueError(f"until is {until!r}, expected one of {', '.join(STAGES)}")
+    try:
+        return _train(recipe, resume, until, fsdp)
+    except RuntimeError as error:
+        # what gloo and NCCL say of another process that has ended
+        lost = isinstance(error, torch.distributed.DistError) or "peer" in str(error)
+        if join_processes().num_processes > 1 and lost:
+            raise ConnectionError(
+                f"another process has ended ({error}): what is finished, and the last whole checkpoint, is in "
+                f"{recipe.out}; --resume goes on from there"
+            ) from error
+        raise
+
+
+def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage | None:
+    processes = join_processes()
+    out, images = Path(recipe.out), Path(recipe.out) / "images"
+    # all that can be refused is refused before the folder is claimed and the first image read
+    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
+    _check_model(recipe, tokenizer_config)
+    source = open_source(recipe.data)
+    _claim_folder(recipe, source.made_from, out, resume)
+
+    prepare_images(source, images, recipe.data.validation, recipe.data.workers)
+    count = {part: len(Shards(images / part, ())) for part in ("train", "validation")}
+    if processes.is_main_process:
+        print(f"{count['train']} training and {count['validation']} validation images")
+    if not count["train"] or not count["validation"]:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, expected 1: "
-            "training on several processes is not supported yet"
-        )
-    out = Path(recipe.out)
-    data = load_data(recipe.data)
-    train_set, val_set = data.split(recipe.data.validation)
-    print(f"{len(train_set)} training and {len(val_set)} validation images")
-    if not len(train_set) or not len(val_set):
-        raise ValueError(
-            f"{len(train_set)} training and {len(val_set)} validation images, "
+            f"{count['train']} training and {count['validation']} validation images, "
             "expected at least one of each: add images or change data.validation"
         )
-    # all that can be refused is refused before the folder is claimed and the first step taken
-    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
-    text: PromptEncoder
-    if recipe.text.kind == "classes":
-        text = ClassLabels(sorted(set(data.captions)))
-    else:
-        text = TextTokenizer.train(train_set.captions, recipe.text.vocabulary, recipe.text.length)
+    if until == "images":
+        return None
+    tokenizer = _train_tokenizer(recipe, tokenizer_config, images, out, resume)
+    if until == "tokenizer":
+        return None
+    tokenizer.to(processes.device)
+    text = _text(recipe.text, images)
+    codes = []
+    for part, crops in (("train", recipe.model.crops), ("validation", 1)):
+        shift = recipe.model.shift if crops > 1 else 0
+        folder = out / "codes" / f"{part}-{crops}x{shift}"
+        seed = recipe.model.training.seed
+        codes.append(
+            encode_images(
+                tokenizer, text, images, part, folder, crops=crops, shift=shift, seed=seed
+            )
+        )
+    if until == "codes":
+        return None
+    captions = next(own for own in read_captions(images, "validation") if own)
+    prompts = list(recipe.prompts) or captions[:SAMPLE_PROMPTS]
     set_seed(recipe.model.training.seed)
     network = make_network(recipe.model, tokenizer_config, text)
-    _claim_folder(recipe, _fingerprint(data), out, resume)
-
-    tokenizer = _train_tokenizer(recipe, tokenizer_config, train_set, val_set, out, resume)
-    codes = []
-    for name, part, crops in (("train", train_set, recipe.model.crops), ("validation", val_set, 1)):
-        file = out / "codes" / f"{name}-{crops}x{recipe.model.shift}.safetensors"
-        codes.append(_codes(tokenizer, text, part, file, recipe.model, crops))
-    prompts = list(recipe.prompts) or val_set.captions[:SAMPLE_PROMPTS]
-    return _train_model(recipe, network, tokenizer, text, codes, prompts, out, resume)
+    return _train_model(recipe, network, tokenizer, text, codes, prompts, out, resume, fsdp)
 
 
-def load_data(recipe: DataRecipe) -> ImageSet:
-    """The captioned images that a recipe names.
+def _check_model(recipe: Recipe, tokenizer: VQTokenizerConfig) -> None:
+    """Refuse settings of text and model before any data is read.
 
     Raises:
-        ValueError: if a folder is expected and none is named.
+        ValueError: names the setting.
     """
-    if recipe.source == "shapes":
-        return make_shapes(
-            recipe.count,
-            size=recipe.image_size,
-            wrong=recipe.wrong,
-            unrelated=recipe.unrelated,
-        )
-    if not recipe.path:
-        raise ValueError("data.path is empty, expected the folder of the captioned images")
-    return read_folder(recipe.path, recipe.image_size)
+    text: PromptEncoder = ClassLabels(["one"])
+    if recipe.text.kind == "bpe":
+        text = TextTokenizer.train([], recipe.text.vocabulary, recipe.text.length)
+    make_network(recipe.model, tokenizer, text)
 
 
-def _fingerprint(data: ImageSet) -> str:
-    """A hash of images and captions, so that a run is not resumed on other data."""
-    digest = hashlib.sha256(data.images.numpy().tobytes())
-    digest.update(json.dumps(data.captions).encode())
-    return digest.hexdigest()
+def _text(recipe: TextRecipe, images: Path) -> PromptEncoder:
+    """What turns captions into conditions, made from the captions themselves."""
+    training = (caption for some in read_captions(images, "train") for caption in some)
+    if recipe.kind == "bpe":
+        return TextTokenizer.train(training, recipe.vocabulary, recipe.length)
+    names = set(training)
+    for some in read_captions(images, "validation"):
+        names.update(some)
+    return ClassLabels(sorted(names))
 
 
-def _claim_folder(recipe: Recipe, fingerprint: str, out: Path, resume: bool) -> None:
+def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> None:
     """Write recipe and data hash beside the results; refuse to mix two runs in one folder.
 
     The families of a folder share data, tokenizer and text, so another family may be added to it at any time.
     """
     file = out / "recipe.json"
-    settings = json.loads(json.dumps({**asdict(recipe), "data_fingerprint": fingerprint}))
+    settings = json.loads(json.dumps({**asdict(recipe), "data_made_from": made_from}))
     family, model = recipe.model.family, settings.pop("model")
     held = read_json(file) if file.exists() else {"models": {}}
     models = held.pop("models", {})
@@ -163,7 +185,9 @@ def _claim_folder(recipe: Recipe, fingerprint: str, out: Path, resume: bool) -> 
     if held and changed:
         raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
     settings["models"] = models | {family: model}
-    write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
+    join_processes().wait_for_everyone()  # all of them have read the file
+    if join_processes().is_main_process:
+        write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,33 +201,45 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Images(Dataset[Tensor]):
-    """uint8 images, made floats in [-1, 1] as they are asked for."""
+    """Pixels on disk, made floats in [-1, 1] as they are asked for."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.shards)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_float(self.images[index])
+        return to_float(self.shards[index][0])
+
+
+class _Codes(Dataset[tuple[Tensor, ...]]):
+    """What a family is trained on: (ids or latents, condition ids)."""
+
+    def __init__(self, folder: Path, data: str) -> None:
+        self.shards = Shards(folder, (data, "text"))
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        data, text = self.shards[index]
+        return (data if data.is_floating_point() else data.long()), text.long()
 
 
 def _train_tokenizer(
-    recipe: Recipe,
-    config: VQTokenizerConfig,
-    train_set: ImageSet,
-    val_set: ImageSet,
-    out: Path,
-    resume: bool,
+    recipe: Recipe, config: VQTokenizerConfig, images: Path, out: Path, resume: bool
 ) -> VQTokenizer:
     """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
+    processes = join_processes()
     if (out / "tokenizer" / WEIGHTS).exists():
         return VQTokenizer.from_pretrained(out / "tokenizer")
+    processes.wait_for_everyone()  # or one could find what another has just written
     settings = recipe.tokenizer
     set_seed(settings.training.seed)
     tokenizer = VQTokenizer(config)
-    held_out = to_float(val_set.images[:512])
+    train_set, val_set = (Shards(images / part, ("images",)) for part in ("train", "validation"))
+    held_out = to_float(val_set.first(512)[0])
     loss = _TokenizerLoss(tokenizer, settings)
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
@@ -214,17 +250,21 @@ def _train_tokenizer(
 
     trained = fit(
         loss,
-        _Images(train_set.images),
-        lambda module, batch, step: module(batch, step),
+        _Images(train_set),
+        lambda module, batch, step, part: module(batch, step),
         settings.training,
         out / "logs" / "tokenizer",
         resume=resume,
         report=report,
+        workers=recipe.data.workers if processes.num_processes == 1 else 0,
+        find_unused=loss.adversarial is not None,
     )
     assert isinstance(trained, _TokenizerLoss)
     tokenizer = trained.tokenizer.cpu().eval()
-    tokenizer.fit_latent_statistics(to_float(train_set.images[:2048]))
-    save_part(tokenizer, out / "tokenizer")
+    tokenizer.fit_latent_statistics(to_float(train_set.first(2048)[0]))
+    if processes.is_main_process:
+        save_part(tokenizer, out / "tokenizer")
+    processes.wait_for_everyone()
     return tokenizer
 
 
@@ -283,81 +323,33 @@ def evaluate_tokenizer(tokenizer: VQTokenizer, images: Tensor) -> tuple[dict[str
     return values, grid(rows, cell=96)
 
 
-def _codes(
-    tokenizer: VQTokenizer,
-    text: PromptEncoder,
-    images: ImageSet,
-    file: Path,
-    recipe: ModelRecipe,
-    crops: int,
-) -> dict[str, Tensor]:
-    """Image tokens "ids", "latents" and "text" of a data set, made once and kept with a mark of what made them."""
-    captions = text.encode(images.captions).repeat(crops, 1)
-    mark = _mark(tokenizer, images, captions, recipe.shift)
-    if file.exists():
-        with safe_open(file, framework="pt") as handle:
-            if (handle.metadata() or {}).get("made_from") == mark:
-                return {key: handle.get_tensor(key) for key in list(handle.keys())}
-    generator = torch.Generator().manual_seed(recipe.training.seed)
-    ids, latents = [], []
-    batches = [(crop, batch) for crop in range(crops) for batch in images.images.split(64)]
-    for crop, batch in tqdm(batches, desc="encoding images"):
-        pixels = shifted(to_float(batch), recipe.shift if crop else 0, generator)
-        ids.append(tokenizer.encode(pixels).flatten(1))
-        latents.append(tokenizer.encode_latents(pixels))
-    tensors = {"ids": torch.cat(ids), "latents": torch.cat(latents), "text": captions}
-    write_atomically(tensors, file, {"made_from": mark})
-    return tensors
-
-
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W), each moved by up to ``most`` pixels both ways, its border repeated behind it.
-
-    A model that sees an image in one position only learns its tokens by heart and leans on them, not on the
-    caption; several encodings of each image are the remedy (the ten-crop codes of LlamaGen, arXiv 2406.06525).
-    """
-    if most == 0:
-        return images
-    height, width = images.shape[2:]
-    padded = F.pad(images, (most,) * 4, mode="replicate")
-    offsets = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
-    moved = [
-        image[:, y : y + height, x : x + width]
-        for image, (y, x) in zip(padded, offsets, strict=True)
-    ]
-    return torch.stack(moved)
-
-
-def _mark(tokenizer: VQTokenizer, images: ImageSet, captions: Tensor, shift: int) -> str:
-    """A hash of the tokenizer, the data and how it is encoded: stale codes are not used."""
-    digest = hashlib.sha256(f"shift {shift}".encode())
-    for tensor in (*tokenizer.state_dict().values(), images.images, captions):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _train_model(
     recipe: Recipe,
     network: nn.Module,
     tokenizer: VQTokenizer,
     text: PromptEncoder,
-    codes: list[dict[str, Tensor]],
+    codes: list[Shards],
     prompts: list[str],
     out: Path,
     resume: bool,
+    fsdp: bool,
 ) -> TextToImage:
     settings, family = recipe.model, recipe.model.family
     seed = settings.training.seed
-    train_codes, val_codes = (
-        TensorDataset(part[training_data(family)], part["text"]) for part in codes
-    )
+    train_codes, val_codes = (_Codes(own.folder, training_data(family)) for own in codes)
+    held_out = default_collate([val_codes[i] for i in range(min(512, len(val_codes)))])
     set_seed(seed)
-    wrapped = ConditionDropout(network, text.null_condition, settings.condition_dropout, seed=seed)
+    wrapped = ConditionDropout(network, text.null_condition, settings.condition_dropout)
     loss = training_loss(settings, network)
+
+    def training_step(module: nn.Module, batch: Any, step: int, part: Part) -> Tensor:
+        # functions of seed and step alone, so that a resumed run draws what the uninterrupted one would have
+        wrapped.reseed(step_seed(seed, step), part)
+        return loss(module, batch[0], batch[1], step_generator(seed, step), part)
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, ConditionDropout)
-        values = _validation_losses(average, loss, val_codes)
+        values = _validation_losses(average, loss, *held_out)
         pipe = TextToImage(text, average, tokenizer.to(_device(average)), family)
         save_picture(_samples(pipe, prompts), out / "pictures" / f"{family}-{step:06d}.png")
         return values
@@ -365,16 +357,18 @@ def _train_model(
     trained = fit(
         wrapped,
         train_codes,
-        # a function of seed and step alone, so that a resumed run draws what the uninterrupted one would have
-        lambda module, batch, step: loss(module, batch[0], batch[1], step_generator(seed, step)),
+        training_step,
         settings.training,
         out / "logs" / family,
         resume=resume,
         report=report,
+        shard=fsdp,
     )
     assert isinstance(trained, ConditionDropout)
     pipe = TextToImage(text, trained.cpu(), tokenizer.cpu(), family)
-    pipe.save_pretrained(out)
+    if join_processes().is_main_process:
+        pipe.save_pretrained(out)
+    join_processes().wait_for_everyone()
     return pipe
 
 
@@ -384,17 +378,18 @@ def _device(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def _validation_losses(
-    wrapped: ConditionDropout, loss: Loss, codes: TensorDataset
+    wrapped: ConditionDropout, loss: Loss, data: Tensor, cond: Tensor
 ) -> dict[str, float]:
     """Loss with and without the condition; their difference is what guidance has to work with."""
     device = _device(wrapped)
-    data, cond = (tensor[:512].to(device) for tensor in codes.tensors)
+    data, cond = data.to(device), cond.to(device)
     null = wrapped.null_condition
     assert isinstance(null, Tensor)
     values = {}
     for name, condition in (("", cond), ("_uncond", null.expand_as(cond))):
         generator = torch.Generator().manual_seed(0)  # the same noise for both
-        values[f"validation_loss{name}"] = float(loss(wrapped.model, data, condition, generator))
+        value = loss(wrapped.model, data, condition, generator, WHOLE)
+        values[f"validation_loss{name}"] = float(value)
     return values
 
 
