@@ -31,9 +31,9 @@ _MOST_KINDS = 8  # kept of a method: on a CPU each has a copy of the weights
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, CompiledMethod]]] = (
     weakref.WeakKeyDictionary()
 )
-# what is kept is shared by all threads: looked at under the one, which is held for moments; made under the other, for the
-# compiler changes settings and classes of the whole process while it works
-_looking, _compiling = threading.RLock(), threading.RLock()
+# what is kept is shared by all threads: looked at under the one, which is held for moments; compiled under the other, for
+# the compiler changes settings and classes of the whole process while it works
+_looking, _compiling = threading.Lock(), threading.Lock()
 
 
 def compiled_method(network: nn.Module, method: str) -> CompiledMethod:
@@ -62,6 +62,7 @@ class CompiledMethod:
     def __init__(self, network: nn.Module, method: str) -> None:
         self._network, self._method = network, method
         self._packed: nn.Module | None = None
+        self._packing = threading.Lock()  # copies all weights: other methods are not to wait
         # the kind that was called last comes last
         self._compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self._modules: dict[tuple[Any, ...], list[types.ModuleType]] = {}
@@ -76,7 +77,7 @@ class CompiledMethod:
     @property
     def eager(self) -> Any:
         """The network for what is not compiled: other methods, and this one where it cannot be."""
-        with _looking:
+        with self._packing:
             if self._packed is None:
                 self._packed = pack(self._network)
             return self._packed

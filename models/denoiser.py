@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from models.blocks import AdaLN, AdaLNZero, EncodedCondition, Modulation, TimeEmbedding, modulate
 from models.body import MOST_SIDE, Body, BodyConfig, initialize
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin, check_counts
+from tokenizers_vq.files import check_counts
+from tokenizers_vq.hub import StrictHubMixin
 from unicfg.guidance.spaces import Space, check_space
 from unicfg.sampling.paths import PATHS, Path
 
@@ -123,12 +124,12 @@ class LatentDenoiser(nn.Module, StrictHubMixin, library_name="unicfg", tags=["la
         """The prediction for noisy latents.
 
         Args:
-            x: noisy latents (B, C, h, w).
+            x: noisy latents (B, C, h, w), of any float dtype whatever that of the weights.
             cond: condition ids (B, T), or what ``encode_condition`` made of them.
             t: time in [0, 1], 1 is pure noise, (B,); or what ``encode_times`` made of one for all samples.
 
         Returns:
-            (B, C, h, w) in the space of the configuration.
+            (B, C, h, w) in the space of the configuration, in the dtype of x.
 
         Raises:
             ValueError: if the shapes do not fit the configuration.
@@ -148,8 +149,9 @@ class LatentDenoiser(nn.Module, StrictHubMixin, library_name="unicfg", tags=["la
             t = EncodedTime(tuple(modulations), last)
         patch, side = self.config.patch, self.config.grid // self.config.patch
         tokens = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
-        hidden = self.body(self.inputs(tokens) + self.body.positions(), cond, None, t.blocks)
-        out = self.outputs(modulate(hidden, t.last))
+        embedded = self.inputs(tokens.to(self.inputs.bias.dtype))
+        hidden = self.body(embedded + self.body.positions(), cond, None, t.blocks)
+        out = self.outputs(modulate(hidden, t.last)).to(x.dtype)
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (side, side)), patch)
 
 

@@ -25,7 +25,8 @@ from models.body import MOST_DEPTH, MOST_WIDTH, Body, BodyConfig, initialize, pr
 from models.compiled import compiled_method
 from models.denoiser import check_path_and_space
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin, check_counts
+from tokenizers_vq.files import check_counts
+from tokenizers_vq.hub import StrictHubMixin
 from unicfg.guidance.core import guide_unchecked
 
 Denoise = Callable[[Tensor], Tensor]
@@ -78,22 +79,22 @@ class DiffusionHead(nn.Module):
         """The prediction for noisy latents of single tokens.
 
         Args:
-            x: (..., C).
+            x: (..., C), of any float dtype whatever that of the weights.
             hidden: states of the transformer (..., D); leading sizes broadcast against those of x.
             t: time in [0, 1] (...).
 
         Returns:
-            (..., C) in the space of the head.
+            (..., C) in the space of the head, in the dtype of x.
         """
         return self._modulated(x, self.modulation(self.time(t) + self.condition(hidden)))
 
     def _modulated(self, x: Tensor, modulations: Sequence[AdaLN]) -> Tensor:
         *inner, last = modulations
-        x = self.inputs(x)
+        h = self.inputs(x.to(self.inputs.bias.dtype))
         for block, by in zip(self.blocks, inner, strict=True):
-            x = block(x, by)
-        out: Tensor = self.outputs(modulate(F.layer_norm(x, x.shape[-1:]), last))
-        return out
+            h = block(h, by)
+        out: Tensor = self.outputs(modulate(F.layer_norm(h, h.shape[-1:]), last))
+        return out.to(x.dtype)
 
     def prepare(self, times: Tensor) -> Callable[[Tensor], list[Denoise]]:
         """The head at fixed times: hidden states give denoisers of x alone, one a time.
@@ -115,13 +116,13 @@ class DiffusionHead(nn.Module):
 
         def denoiser(inner: list[AdaLN], last: AdaLN) -> Denoise:
             def denoise(x: Tensor) -> Tensor:
-                h = torch.addmm(first[0], x.flatten(0, -2), first[1])
+                h = torch.addmm(first[0], x.flatten(0, -2).to(first[0].dtype), first[1])
                 for by, (up_bias, up, down_bias, down) in zip(inner, blocks, strict=True):
                     normed = torch.addcmul(by.shift, torch.layer_norm(h, width), by.factor)
                     fed = torch.addmm(down_bias, F.silu(torch.addmm(up_bias, normed, up)), down)
                     h = torch.addcmul(h, by.gate, fed)
                 normed = torch.addcmul(last.shift, torch.layer_norm(h, width), last.factor)
-                return torch.addmm(final[0], normed, final[1]).view(x.shape)
+                return torch.addmm(final[0], normed, final[1]).view(x.shape).to(x.dtype)
 
             return denoise
 
@@ -149,7 +150,7 @@ class DiffusionHead(nn.Module):
         """
         compiled = compiled_method(self, "walk")
         device = self.inputs.weight.device
-        at_times, weights = self.time(times.to(device))[:, None], weights.to(self.inputs.weight)
+        at_times, weights = self.time(times.to(device))[:, None], weights.to(device)
         # all but the gate of the last norm, which nothing uses
         layer, used = self.modulation.linear, -self.inputs.out_features
         modulation, bias = layer.weight[:used], layer.bias[:used]
@@ -283,8 +284,13 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         """The same network with its weights in the layout that is fastest here, see ``models.packed``."""
         return pack(self)
 
+    def _embed(self, latents: Tensor) -> Tensor:
+        """Latents (..., C), which samplers keep in float32, in the dtype of the weights (..., D)."""
+        embedded: Tensor = self.inputs(latents.to(self.inputs.bias.dtype))
+        return embedded
+
     def _causal_inputs(self, latents: Tensor, first: int) -> Tensor:
-        embedded = self.inputs(latents[:, max(first - 1, 0) :])
+        embedded = self._embed(latents[:, max(first - 1, 0) :])
         return previous_tokens(self.start, embedded, self.body.positions(), first)
 
     def states(
@@ -315,7 +321,7 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             )
         if known is None:
             return self.body.forward_causal(self._causal_inputs(latents[:, :-1], 0), cond)
-        x = torch.where(known[..., None], self.inputs(latents), self.start)
+        x = torch.where(known[..., None], self._embed(latents), self.start)
         states: Tensor = self.body(x + self.body.positions(), cond)
         return states
 
@@ -390,4 +396,4 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         self, previous: Tensor, place: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
     ) -> Tensor:
         """Hidden state (R, D) of token ``place`` () after the latent ``previous`` (R, C); see :meth:`Body.step`."""
-        return self.body.step(self.inputs(previous), self.start, place, keys, values)
+        return self.body.step(self._embed(previous), self.start, place, keys, values)

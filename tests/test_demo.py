@@ -2,7 +2,9 @@
 
 import ast
 import asyncio
+import html
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -526,8 +528,46 @@ def test_the_gate_refuses_odd_bodies_in_a_sentence(body, status, message):
     assert answered == status and message in text.decode() and len(text) < 100
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_who_leaves_while_he_asks_is_not_asked_for_and_who_leaves_later_is_known_to_have_left(
+    leaves,
+):
+    """The first part of the body is already a whole question."""
+    body, heard, sent = json.dumps({"fn_index": 3, "data": []}).encode(), [], []
+    parts = [{"type": "http.request", "body": body, "more_body": leaves}]
+
+    async def receive():
+        return parts.pop(0) if parts else {"type": "http.disconnect"}
+
+    async def application(scope, receive, send):
+        heard.extend([await receive() for _ in range(2)])
+
+    async def send(message):
+        sent.append(message)
+
+    gate = a_gate()
+    gate.app = application
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/gradio_api/queue/join",
+        "query_string": b"",
+    }
+    asyncio.run(gate(scope | {"headers": [(b"host", b"127.0.0.1")]}, receive, send))
+    assert [own["type"] for own in heard] == ([] if leaves else ["http.request", "http.disconnect"])
+    assert bool(sent) == leaves
+
+
+def test_the_longest_body_is_read_to_its_end():
+    body = json.dumps({"fn_index": 0, "data": ["", ""]}).encode().ljust(65_536)
+    assert asked(a_gate(), "POST", "/gradio_api/queue/join", body=body)[0] == 200
+
+
 def test_the_gate_does_not_read_a_long_body_to_its_end():
     assert asked(a_gate(), "POST", "/gradio_api/queue/join", body=b"x" * 10**6)[2] == 7
+
+
+HOST = "demo.example.org"
 
 
 @pytest.mark.parametrize(
@@ -548,20 +588,105 @@ def test_the_gate_does_not_read_a_long_body_to_its_end():
     ],
 )
 def test_a_local_page_answers_to_its_own_names_and_pages(headers, status):
-    from unicfg.demo.gate import local_names
+    assert asked_as(page_names("127.0.0.1", ()), headers) == status
+    assert asked_as(page_names("127.0.0.1", [HOST]), headers) == status
 
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": HOST}, 200),
+        ({"host": HOST, "origin": f"https://{HOST}"}, 200),
+        ({"host": "Demo.Example.Org:8443", "origin": f"https://{HOST}:8443"}, 200),
+        ({"host": "127.0.0.1:7860", "origin": f"https://{HOST}"}, 200),  # a tunnel keeps the origin
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": HOST, "origin": "https://other.example"}, 403),
+        ({"host": "other.example", "origin": f"https://{HOST}"}, 403),
+        ({"host": f"{HOST}.other.example"}, 403),
+        ({"host": "other.example", "origin": "https://other.example"}, 403),
+    ],
+)
+def test_a_page_behind_a_proxy_answers_to_the_names_that_it_is_given(headers, status):
+    for host in ("127.0.0.1", "0.0.0.0", "192.168.1.5"):
+        assert asked_as(page_names(host, ["a.example", "DEMO.example.org"]), headers) == status
+    assert status == 403 or asked_as(page_names("127.0.0.1", ()), headers) == (
+        403 if HOST in str(headers).lower() else 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "any.example"}, 200),
+        ({"host": "any.example:7860", "origin": "http://any.example:7860"}, 200),
+        ({"host": "ANY.example", "origin": "https://any.example"}, 200),
+        ({"host": "[fd00::1]:7860", "origin": "http://[fd00::1]:7860"}, 200),
+        ({"host": "any.example", "origin": "http://evil.example"}, 403),
+        ({"host": "any.example", "origin": "http://any.example.evil.example"}, 403),
+        ({"host": "any.example", "origin": "null"}, 403),
+        ({"host": "any.example", "origin": ""}, 403),
+        ({"host": "", "origin": "null"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": "any.example", "origin": "http://[::1"}, 403),
+    ],
+)
+def test_a_page_for_everyone_still_answers_to_its_own_pages_only(headers, status):
+    assert asked_as(page_names("0.0.0.0", ()), headers) == status
+
+
+def page_names(host, others):
+    from unicfg.demo import gate
+
+    return gate.page_names(host, others)
+
+
+def asked_as(names, headers):
+    """The status of a page that has these names, for what it can be asked with GET and with POST."""
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    for host, expected in (("127.0.0.1", status), ("0.0.0.0", 200)):
-        assert asked(a_gate(local_names(host)), "GET", "/", headers=raw)[0] == expected
+    body = json.dumps({"fn_index": 3, "data": []}).encode()
+    got, text, _ = asked(a_gate(names), "GET", "/", headers=raw)
+    posted = asked(a_gate(names), "POST", "/gradio_api/queue/join", headers=raw, body=body)
+    assert posted[0] == got and (got == 200 or text == posted[1])
+    assert got == 200 or b"unicfg demo --name HOST" in text
+    return got
 
 
 def test_which_hosts_are_local():
-    from unicfg.demo.gate import local_names
-
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
-        assert host in local_names(host)
+        assert host in page_names(host, ())
     for host in ("0.0.0.0", "::", "192.168.1.5", "box.example"):
-        assert local_names(host) is None
+        assert page_names(host, ()) is None
+        assert host in page_names(host, [HOST])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "https://a.example", "a.example:80", "a.example/", "*", "a..b"]
+)
+def test_what_is_no_name_of_a_host_is_refused(name):
+    with pytest.raises(ValueError, match=r"expected that of a host, such as demo\.example\.org"):
+        page_names("127.0.0.1", [HOST, name])
+
+
+def test_a_listener_is_let_go_where_the_session_is_unknown_and_all_else_goes_on_to_the_log():
+    from starlette.exceptions import HTTPException
+
+    from unicfg.demo.gate import Audience, Gate
+
+    async def broken(scope, receive, send):
+        await behind(scope, receive, send)
+        raise RuntimeError("response already started") from cause
+
+    for cause in (HTTPException(404), ValueError("a bug"), None):
+        audience = Audience()
+        gate = Gate(broken, {}, audience, None)
+        if isinstance(cause, HTTPException):
+            assert asked(gate, "GET", "/gradio_api/queue/data")[0] == 200
+        else:
+            with pytest.raises(RuntimeError, match="already started"):
+                asked(gate, "GET", "/gradio_api/queue/data")
+        assert not audience.listens("a")
 
 
 def test_the_gate_takes_no_websockets():
@@ -572,6 +697,17 @@ def test_the_gate_takes_no_websockets():
 
     asyncio.run(a_gate()({"type": "websocket", "path": "/"}, None, send))
     assert sent == [{"type": "websocket.close"}]
+
+
+def test_the_server_itself_begins_and_ends_through_the_gate():
+    passed, gate = [], a_gate()
+
+    async def application(scope, receive, send):
+        passed.append((scope, receive, send))
+
+    gate.app = application
+    asyncio.run(gate({"type": "lifespan"}, asked, drawer))
+    assert passed == [({"type": "lifespan"}, asked, drawer)]
 
 
 def test_the_gate_says_who_listens_and_who_takes_nothing(monkeypatch):
@@ -607,13 +743,18 @@ def test_an_audience_can_be_waited_for():
     audience, first, second = Audience(), object(), object()
     assert not audience.await_listener("a", 0.01)
     threading.Timer(0.05, audience.note, ("a", first, float("inf"))).start()
+    began = time.monotonic()
     assert audience.await_listener("a", 20) and not audience.listens("b")
-    # a page that is opened again is heard before the old connection has ended
+    assert time.monotonic() - began < 10
+    # a page that is opened again is heard before the old connection, which takes nothing any more, has ended
+    audience.note("a", first, -float("inf"))
+    assert not audience.listens("a")
     audience.note("a", second, float("inf"))
+    assert audience.listens("a")
     audience.note("a", first, None)
     assert audience.listens("a")
     audience.note("a", second, None)
-    assert not audience.listens("a")
+    assert not audience.listens("a") and not audience._streams  # nothing is kept of who has left
 
 
 def drawer(audience):
@@ -649,9 +790,65 @@ def test_a_drawing_ends_when_nobody_listens_any_more():
     updates = drawer(audience)(Visit(), *VALUES)
     assert "drawing" in next(updates)["note"] and "img" in next(updates)["card"]
     audience.note("a", visitor, None)
-    assert list(updates) == []
+    # the connection may recover: what is left to say is why there are no more pictures
+    (last,) = updates
+    assert last.keys() == {"note"} and "The connection was too slow" in last["note"]
+    assert 'role="alert"' in last["note"]
     audience.note("a", visitor, float("inf"))
     assert "drawn in" in list(drawer(audience)(Visit(), *VALUES))[-1]["note"]
+
+
+def heard():
+    from unicfg.demo.gate import Audience
+
+    audience = Audience()
+    audience.note("a", object(), float("inf"))
+    return audience
+
+
+def test_what_was_asked_for_is_drawn_first_and_what_it_is_compared_with_after():
+    values = [*VALUES[:9], True, "ar", []]
+    *updates, last = drawer(heard())(Visit(), *values)
+    notes = dict.fromkeys(own["note"] for own in updates)
+    assert list(notes) == [
+        cards.note(text) for text in ("drawing", "drawing ar at s = 3", "drawing ar at s = 1")
+    ]
+    columns = updates[-1]["card"].split("<figcaption>")
+    assert "s = 1<" in columns[1] and "s = 3<" in columns[2]
+    pictures = [column.split('src="')[1].split('"')[0] for column in columns[:2]]
+    assert pictures[0] != pictures[1]
+    (entry,) = last["earlier"]
+    drawn = finished(Request(CAPTIONS[0], ("ar",)))["ar"]
+    assert np.array_equal(pixels(entry.pictures), drawn)  # that of s = 3, not of s = 1
+    values[2] = 1  # there is nothing to compare it with
+    assert len(list(drawer(heard())(Visit(), *values))) == len(updates) - PREVIEWS + 1
+
+
+def test_the_last_drawings_are_kept_newest_first_and_each_once():
+    from unicfg.demo.page import EARLIER
+
+    draw_next, earlier = drawer(heard()), []
+    for prompt in [*(f"{number} circles " for number in range(EARLIER + 1)), "5 circles"]:
+        values = [prompt, ["ar"], 3.0, 0, 1, None, None, 0, 1, False, "ar", earlier]
+        earlier = list(draw_next(Visit(), *values))[-1]["earlier"]
+    kept = [5, 12, 11, 10, 9, 8, 7, 6, 4, 3, 2, 1]
+    assert [entry.request.prompt for entry in earlier] == [f"{number} circles" for number in kept]
+
+
+def test_a_click_brings_the_settings_of_an_earlier_drawing_back_and_an_odd_one_nothing():
+    from types import SimpleNamespace
+
+    from unicfg.demo.page import _settings_of, _speaker
+
+    old, new = (cards.Entry(replace(EVERY, seed=seed), ()) for seed in (1, 2))
+
+    def settings_of(number):
+        return _settings_of([new, old], SimpleNamespace(index=number))
+
+    assert settings_of(1) == [CAPTIONS[0], FAMILIES, 3.0, 0.0, 1.0, "", "", 1, 2]
+    for odd in (2, -1, "1", None, [0], {}):
+        assert CAPTIONS[0] not in settings_of(odd) and len(settings_of(odd)) == 9
+    assert _speaker(PIPES, "tiny")("ar", []) != ""  # nothing was drawn: what stands there stays
 
 
 def test_any_family_can_be_chosen_whatever_was_drawn():
@@ -667,3 +864,81 @@ def test_any_family_can_be_chosen_whatever_was_drawn():
     speak = _speaker({name: PIPES[name] for name in ("ar", "flow")}, "tiny")
     assert speak("ar", last["earlier"]) == last["code"]
     assert speak("flow", last["earlier"]) == "# the newest drawing is without flow\n"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A page that a proxy reaches as ``HOST``: a client, and a function that asks for a drawing and hears the end."""
+    import httpx
+
+    weights = tmp_path_factory.mktemp("weights") / "tiny"
+    PIPES["ar"].save_pretrained(weights)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = weights.parent / "log.txt"
+    serve = [sys.executable, "-u", "-c", "from unicfg.cli import main; main()", "demo"]
+    serve += ["--weights", weights, "--port", str(port), "--name", HOST, "--name", "b.example"]
+    with (
+        log.open("w") as out,
+        subprocess.Popen(serve, stdout=out, stderr=out) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/") as client,
+    ):
+        try:
+            until = time.monotonic() + 90
+            while "the page is at" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(0.1)
+            parts = client.get("config").json()
+            (draw,) = [c["id"] for c in parts["components"] if c["props"].get("elem_id") == "draw"]
+            (drawing,) = [d["id"] for d in parts["dependencies"] if [draw, "click"] in d["targets"]]
+
+            def ask(values, headers=None):
+                session = {"session_hash": "a"}
+                body = {"data": values, "fn_index": drawing} | session
+                asked = client.post("gradio_api/queue/join", json=body, headers=headers)
+                if asked.status_code != 200:
+                    return asked.text
+                answer = client.get("gradio_api/queue/data", params=session, headers=headers)
+                events = [json.loads(line[5:]) for line in answer.text.splitlines() if line]
+                (end,) = [own for own in events if own["msg"] == "process_completed"]
+                assert end["success"], end
+                return html.unescape(end["output"]["data"][0])
+
+            yield client, ask
+            assert "Traceback" not in log.read_text()
+        finally:
+            process.kill()
+
+
+def test_the_page_as_it_is_served(served):
+    client, ask = served
+    parts = client.get("config").json()
+    assert not any(parts[own] for own in ("show_error", "analytics_enabled", "run_history", "pwa"))
+    assert "drawn in" in ask(VALUES)
+    assert "drawn in" in ask(VALUES, {"host": HOST, "origin": f"https://{HOST}"})
+    assert "is not served as this host" in ask(VALUES, {"origin": "http://evil.example"})
+    unknown = client.get("gradio_api/queue/data", params={"session_hash": "b"})
+    assert unknown.status_code == 200 and "session_not_found" in unknown.text
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, {"a": 1}, "The prompt is {"),
+        (1, 5, "The families are 5"),
+        (1, [["ar"]], "expected a tuple of names"),
+        (1, ["gan"], "The family is gan, expected one of ar"),
+        (2, "3", "expected a number from -20 to 50"),
+        (3, [], "The start of the interval is []"),
+        (4, None, "The end of the interval is None"),
+        (5, ["kl_scale"], "The text of the mitigations is ["),
+        (7, "x", "expected a whole number"),
+        (8, {}, "The number of images is {}"),
+        (9, [], "drawn in"),
+        (10, {"a": 1}, "drawn in"),
+    ],
+)
+def test_values_of_any_type_get_a_sentence_from_the_page(served, place, value, message):
+    text = served[1]([*VALUES[:place], value, *VALUES[place + 1 :]])
+    assert message in text and ('role="alert"' in text) == (message != "drawn in")

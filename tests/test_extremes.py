@@ -318,6 +318,36 @@ def test_half_precision_is_guided_in_float32_between_refreshes_too():
         assert torch.equal(step.uncond_out, -step.cond_out) and not step.guided.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, "hybrid masked"])
+def test_networks_in_half_precision_draw_nearly_the_same(family, dtype):
+    """The samplers keep latents in float32, whatever the weights are."""
+    tokens = family in ("ar", "masked")
+    sample = {"ar": sample_autoregressive, "masked": sample_masked}.get(family, sample_diffusion)
+    sample = sample_hybrid if family.startswith("hybrid") else sample
+    reined = (mitigations.kl_scale() if tokens else mitigations.norm_clamp(),)
+    for own in ((), reined):
+        options = {"seeds": SEEDS, "guidance": Guidance(3.0, own)}
+        half, full = (
+            sample(wrapped(family).to(kind), COND, **options) for kind in (dtype, torch.float32)
+        )
+        assert sound(half) and half.dtype == full.dtype
+        if tokens:
+            assert (half == full).float().mean() > 0.25  # by chance: 1 / 24
+        else:
+            assert (half - full).abs().mean() < 0.15 * full.std()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_whose_network_is_in_half_precision_gives_images(family):
+    pipe, full = pipeline(family=family), pipeline(family=family)
+    pipe.model.bfloat16()
+    options = {"seeds": SEEDS, "guidance": Guidance(3.0)}
+    images = pipe.sample(["a red circle"] * 2, **options)
+    difference = images - full.sample(["a red circle"] * 2, **options)
+    assert images.isfinite().all() and difference.abs().mean() < 0.1
+
+
 @pytest.mark.parametrize("trouble", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("broken", [0, 1])
 def test_the_sample_is_named(broken, trouble):

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +29,7 @@ ASKED = re.compile(
 POSTED = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict"})
 HEARD = "/gradio_api/queue/data"
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
 class Audience:
@@ -80,8 +82,8 @@ class Gate:
         app: what answers everything else.
         inputs: numbers of inputs of the page's functions, by their index.
         audience: is told who listens.
-        names: hosts that the page answers as, for a page that is served to this machine only: another site's name
-            that was made to lead here is refused, and so is what another site's page posts. None is any.
+        names: hosts that the page answers as: another site's name that was made to lead here is refused, and so is
+            what another site's page posts. None is any name, and what a page posts must come from the same.
     """
 
     def __init__(
@@ -105,8 +107,8 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
         refused: tuple[int, str] | None = None
-        if self.names is not None and not _is_from(Headers(scope=scope), self.names):
-            refused = (403, "This page is for the machine that it runs on.")
+        if not _is_from(Headers(scope=scope), self.names):
+            refused = (403, "The page is not served as this host: unicfg demo --name HOST adds it.")
         elif method == "POST" and path in POSTED:
             body = await _read(receive)
             refused = self._refusal(body)
@@ -130,7 +132,7 @@ class Gate:
             inputs, count = self.inputs.get(asked["fn_index"]), len(asked["data"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return 400, "The request is not one of the page's."
-        if inputs is None or count != inputs:
+        if count != inputs:
             return 400, f"The page has no function {asked['fn_index']!r:.20} of {count} values."
         return None
 
@@ -146,27 +148,49 @@ class Gate:
         try:
             self.audience.note(session, stream, float("inf"))
             await self.app(scope, receive, timed)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            # the session has nothing to hear: gradio says so in an event, and leaves the answer open
+            await send({"type": "http.response.body", "body": b""})
         finally:
             self.audience.note(session, stream, None)
 
 
-def local_names(host: str) -> Collection[str] | None:
-    """The names that a page served at a host answers as; None, any, where other machines can reach it."""
+def page_names(host: str, others: Collection[str]) -> Collection[str] | None:
+    """The names that a page answers as.
+
+    Args:
+        host: that it is served at.
+        others: names by which it is also reached.
+
+    Returns:
+        them all; None, any, where other machines can reach the host and no others are given.
+
+    Raises:
+        ValueError: if one of the others is more or less than the name of a host.
+    """
+    for name in others:
+        if not HOST_NAME.fullmatch(name):
+            raise ValueError(f"name is {name!r}, expected that of a host, such as demo.example.org")
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_local = False
-    return LOCAL | {host} if is_local else None
+    return {*LOCAL, *map(str.lower, (host, *others))} if is_local or others else None
 
 
-def _is_from(headers: Headers, names: Collection[str]) -> bool:
+def _is_from(headers: Headers, names: Collection[str] | None) -> bool:
     """Whether a request names one of these hosts, and comes from a page of theirs if it comes from a page."""
     origin = headers.get("origin")
-    own = [f"//{headers.get('host', '')}", *([] if origin is None else [origin])]
     try:
-        return all(urlsplit(address).hostname in names for address in own)
+        host = urlsplit(f"//{headers.get('host', '')}").hostname
+        page = None if origin is None else urlsplit(origin).hostname
     except ValueError:
         return False
+    if names is None:
+        return origin is None or (page is not None and page == host)
+    return host in names and (origin is None or page in names)
 
 
 async def _read(receive: Receive) -> bytes | None:

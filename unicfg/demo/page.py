@@ -28,7 +28,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from unicfg.demo.gate import Audience, Gate, local_names
+    from unicfg.demo.gate import Audience, Gate, page_names
 except ModuleNotFoundError as error:
     raise ImportError(
         "unicfg demo needs gradio, which is not installed: pip install 'unicfg[demo]'",
@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 WAITING = 64  # drawings in the queue, over all visitors; one at a time is made
-GRACE = 2.0  # seconds in which a visitor whose turn has come begins to listen
+GRACE = 5.0  # seconds in which a visitor whose turn has come begins to listen; all others wait
 SESSIONS = 200  # visitors whose earlier drawings are kept
 EARLIER = 12  # drawings that a visitor can go back to
 SLIDER = (-5.0, 20.0)  # of s; beyond it there is little left to see
@@ -227,6 +227,7 @@ def _connect(
         "fn": _drawer(pipes, weights, results, audience),
         "inputs": [*controls.settings, controls.beside, results.family, results.earlier],
         "outputs": results.all,
+        "preprocess": False,  # Request.check refuses values of any type in a sentence, gradio does not
         "show_progress": "minimal",
         "show_progress_on": [results.note],
         "trigger_mode": "always_last",
@@ -294,7 +295,10 @@ def _drawer(
             with closing(frames):
                 for frame in frames:
                     if not audience.listens(session):
-                        return  # else the pictures would wait for nobody in memory
+                        # else the pictures would wait for nobody in memory
+                        slow = "The connection was too slow, so the drawing has ended: ask again."
+                        yield {results.note: cards.refusal(slow)}
+                        return
                     shown[frame.family][s] = frame
                     fresh = cards.card(frame.family, request.count, shown[frame.family])
                     yield {
@@ -369,7 +373,9 @@ def _speaker(
     return speak
 
 
-def start(page: gr.Blocks, audience: Audience, host: str, port: int) -> str:
+def start(
+    page: gr.Blocks, audience: Audience, host: str, port: int, names: Sequence[str] = ()
+) -> str:
     """Serve a page from a thread, to whoever can reach ``host``.
 
     It serves no files, and tells visitors nothing of errors inside; these go to the log.
@@ -378,17 +384,19 @@ def start(page: gr.Blocks, audience: Audience, host: str, port: int) -> str:
         page: from :func:`build`; its ``close()`` ends the service.
         audience: that the page was built with.
         host: "127.0.0.1" for this machine only, "0.0.0.0" for everyone. A page for this machine only is also refused
-            to browsers that another site's name or page has led here.
+            to browsers that another site's name has led here, and every page to those that another site's page has.
         port: of the address.
+        names: hosts as which a proxy or a tunnel reaches the page; with them it answers as these and this machine alone.
 
     Returns:
         the address.
 
     Raises:
+        ValueError: if a name is not that of a host.
         OSError: if the port is taken.
     """
     inputs = {number: len(function.inputs) for number, function in page.fns.items()}
-    gate = Middleware(Gate, inputs=inputs, audience=audience, names=local_names(host))
+    gate = Middleware(Gate, inputs=inputs, audience=audience, names=page_names(host, names))
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -429,6 +437,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 7860,
     families: Sequence[str] | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     """Load the weights and serve the page until it is interrupted.
 
@@ -437,19 +446,20 @@ def launch(
         host: see :func:`start`.
         port: of the address.
         families: to offer; None is all that the weights hold.
+        names: see :func:`start`.
 
     Raises:
         FileNotFoundError: if there are no such weights.
-        ValueError: if they do not hold a family, or one is named twice.
+        ValueError: if they do not hold a family, one is named twice, or a name is not that of a host.
         OSError: if the port is taken.
     """
-    names = held_families(weights) if families is None else families
-    if len(names) == 0 or len(set(names)) != len(names):
-        raise ValueError(f"families is {list(names)}, expected at least one, and none twice")
-    pipes = {name: TextToImage.from_pretrained(weights, name) for name in names}
+    offered = held_families(weights) if families is None else families
+    if len(offered) == 0 or len(set(offered)) != len(offered):
+        raise ValueError(f"families is {list(offered)}, expected at least one, and none twice")
+    pipes = {family: TextToImage.from_pretrained(weights, family) for family in offered}
     audience = Audience()
     page = build(pipes, weights, audience)
-    print(f"the page is at {start(page, audience, host, port)}")
+    print(f"the page is at {start(page, audience, host, port, names)}")
     try:
         page.block_thread()
     finally:

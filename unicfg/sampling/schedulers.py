@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
@@ -88,16 +87,13 @@ class Scheduled:
         x = noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": sources} if takes_generator else {}
-        draws, closely = _Draws(), True
+        draws = _Draws()
         for i, timestep in enumerate(self.timesteps):
             x = self._pinned(i, x, pin)
             progress = progress_at(i, len(self.timesteps))
             out = self._predict(i, progress, x, evaluate, callback)
-            state = torch.get_rng_state()
-            with draws if closely else contextlib.nullcontext():
+            with draws:
                 x = self.scheduler.step(out, timestep, x, **extra).prev_sample
-            # a changed state may be another thread's doing: that is looked into at the next step
-            closely = not torch.equal(state, torch.get_rng_state())
             if draws.without_generator:
                 raise ValueError(
                     f"the scheduler {self.name} draws noise that no seed determines, expected one whose step() takes "
@@ -214,10 +210,7 @@ class Scheduled:
 
 
 class _Draws(TorchDispatchMode):
-    """Sees whether random numbers are drawn without a generator, in this thread alone and on any device.
-
-    It takes longer than the step that it looks at.
-    """
+    """Sees whether random numbers are drawn without a generator, in this thread alone and on any device."""
 
     def __init__(self) -> None:
         super().__init__()
