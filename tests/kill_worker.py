@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tiny import pipeline
 
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 
 pipe = pipeline(family="ar")
 for number in count(int(sys.argv[2]) + 1):

@@ -1,5 +1,7 @@
 """Pre-encoding: codes are what the tokenizer makes of each image, and never those of another."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_sources import Counting
@@ -54,6 +56,22 @@ def test_crops_are_the_image_itself_and_then_shifted_ones(images, tmp_path):
     assert torch.equal(again.first(100)[0], codes.first(100)[0])
     other = encode_images(tokenizer, TEXT, images, "train", tmp_path / "other", seed=1, **options)
     assert not torch.equal(other.first(100)[0], codes.first(100)[0])
+
+
+def test_a_shard_without_rows_is_encoded(tmp_path, monkeypatch):
+    """As of data that names its splits: a round of training images has none for validation."""
+    monkeypatch.setattr(sources, "ROUND", 4)
+
+    class Split(Counting):
+        def entries(self):
+            for own in super().entries():
+                yield dataclasses.replace(own, split="train" if own.content < 8 else "val")
+
+    prepare_images(Split(), tmp_path / "images", 0.5, workers=1)
+    for part, rows in (("train", 8), ("validation", 3)):
+        codes = encode_images(make_tokenizer(), TEXT, tmp_path / "images", part, tmp_path / part)
+        assert len(codes) == rows and codes.count == 3
+        assert codes.first(1)[1].shape == (1, 3, 4, 4)
 
 
 def test_an_interrupted_encoding_goes_on_and_ends_the_same(images, tmp_path, monkeypatch):

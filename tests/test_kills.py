@@ -5,6 +5,7 @@ Every number that decides when a process is killed comes from a seed, which a fa
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from test_training import tiny_recipe, write_recipe
 from tiny import CAPTIONS, pipeline
 
 from models import TextToImage
-from tokenizers_vq.hub import read_json, read_tensors
+from tokenizers_vq.files import read_json, read_tensors
 from unicfg.evaluation.results import Results
+from unicfg.training.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -53,11 +55,11 @@ def kill_until_done(command, folder, kills, window, seed=0):
         seed: of the moments.
 
     Returns:
-        how many kills found the process at work.
+        how many kills found the process at work, and the steps at which trainings were taken up.
     """
-    moments = random.Random(seed)
+    moments, starts = random.Random(seed), []
     for hits in range(kills):
-        before = check_whole(folder)
+        before, steps = check_whole(folder), newest_steps(folder)
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
         )
@@ -70,17 +72,26 @@ def kill_until_done(command, folder, kills, window, seed=0):
         ended = process.poll()
         process.send_signal(signal.SIGKILL)
         told, _ = process.communicate()
+        starts += re.findall(r"goes on from step (\d+)", told)
         after = check_whole(folder)
         lost = [name for name in before if before[name] != after.get(name)]
         # checkpoints are rotated, the newest one stays
         lost = [name for name in lost if "checkpoints" not in name]
         assert not lost, f"seed {seed}, after {hits} kills: {lost}"
+        for stage, step in steps.items():
+            assert newest_steps(folder)[stage] >= step, f"seed {seed}, after {hits} kills"
         if ended is not None:
             assert ended == 0, f"seed {seed}, after {hits} kills: {told}"
-            return hits
+            return hits, starts
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    return kills
+    return kills, starts
+
+
+def newest_steps(folder):
+    """The step of the newest whole checkpoint of each stage."""
+    found = {own: Checkpoints(own).load() for own in folder.glob("logs/*/checkpoints")}
+    return {own: held[0] for own, held in found.items() if held is not None}
 
 
 def existing(folder):
@@ -117,9 +128,9 @@ def test_training_that_is_killed_at_random_ends_as_if_it_never_was(
         file = write_recipe(tmp_path / name, values)
         commands[name] = [*UNICFG, "train", str(file), "--family", family, "--resume"]
     uninterrupted(commands["whole"])
-    hits = kill_until_done(commands["killed"], tmp_path / "killed", kills=16, window=1.5)
-    record_property("measured", f"{hits} kills")
-    assert hits >= 10
+    hits, starts = kill_until_done(commands["killed"], tmp_path / "killed", kills=16, window=1.5)
+    record_property("measured", f"{hits} kills, taken up at the steps {', '.join(starts)}")
+    assert hits >= 10 and starts  # and not always from the start
     same_tensors(tmp_path / "whole", tmp_path / "killed", "**/model.safetensors")
     same_tensors(tmp_path / "whole", tmp_path / "killed", "**/step-00000400.safetensors")
 
@@ -133,7 +144,7 @@ def test_pre_encoding_that_is_killed_at_random_ends_as_if_it_never_was(tmp_path,
         file = write_recipe(tmp_path / name, values)
         commands[name] = [*UNICFG, "train", str(file), "--resume", "--until", "codes"]
     uninterrupted(commands["whole"])
-    hits = kill_until_done(commands["killed"], tmp_path / "killed", kills=16, window=2.5)
+    hits, _ = kill_until_done(commands["killed"], tmp_path / "killed", kills=16, window=2.5)
     record_property("measured", f"{hits} kills")
     assert hits >= 10
     for pattern in ("images/**/*.safetensors", "codes/**/*.safetensors"):
@@ -152,7 +163,7 @@ def test_a_study_that_is_killed_at_random_ends_as_if_it_never_was(tmp_path, reco
         for name in ("whole", "killed")
     }
     uninterrupted(commands["whole"])
-    hits = kill_until_done(commands["killed"], tmp_path / "killed", kills=12, window=1.5)
+    hits, _ = kill_until_done(commands["killed"], tmp_path / "killed", kills=12, window=1.5)
     record_property("measured", f"{hits} kills")
     assert hits >= 6
     found = {}

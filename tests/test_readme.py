@@ -15,6 +15,7 @@ from unicfg import Guidance
 from unicfg.evaluation.accuracy import attribute_accuracy, scene_of
 from unicfg.evaluation.attributes import read_scenes
 from unicfg.evaluation.study import read_study
+from unicfg.training.recipe import load_recipe
 from unicfg.training.shapes import make_shapes
 
 LEAST_ACCURACY = 90.0  # percent, of every family at its best scale
@@ -191,3 +192,31 @@ def test_numbers_of_the_page_on_studies_are_those_of_the_committed_tables():
     assert (own.n, own.scales, own.variants) == (asked.n, asked.scales, asked.variants)
     targets = re.findall(r"\]\(([^)#:]+)[)#]", page)
     assert [t for t in targets if not (ROOT / "docs/studies" / t).exists()] == []
+
+
+def test_every_promise_names_tests_that_are_there():
+    """docs/reliability.md: a cell names files, and tests of the file before them; those of minutes are marked slow."""
+    promises = [
+        line for line in Path("docs/reliability.md").read_text().splitlines() if "`test_" in line
+    ]
+    assert len(promises) > 20
+    for line in promises:
+        file = None
+        for marked, named, test in re.findall(r"(\*slow\* )?`(test_\w+\.py)?(?:::(\w+))?`", line):
+            file = named or file
+            if file is None:
+                continue  # code of another kind
+            code = (Path("tests") / file).read_text()
+            if test:
+                assert re.search(rf"^def {test}\(", code, re.MULTILINE), (file, test)
+            if marked:
+                assert "mark.slow" in code, (file, test)
+
+
+def test_the_recipes_of_the_page_on_training_are_valid(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", Path("docs/training.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        file = tmp_path / "recipe.yaml"
+        file.write_text("out: run\n" + block)
+        assert load_recipe(file).data.path

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from tokenizers_vq.hub import write_atomically
+from tokenizers_vq.files import write_atomically
 from unicfg.training.shards import INDEX, Shards, finish_shards, is_written, write_shard
 
 ROWS = (5, 0, 7, 3)
@@ -152,3 +152,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 50_000  # kilobytes, of 400,000 that were read
+
+
+def test_shards_whose_rows_differ_are_not_finished(folder):
+    write_shard(folder, 1, tensors(3) | {"ids": torch.zeros(3, 5, dtype=torch.int32)}, "abc")
+    with pytest.raises(ValueError, match=r"00001\.safetensors has rows of .*\(5,\)"):
+        finish_shards(folder, len(ROWS), "abc")

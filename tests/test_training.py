@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import set_seed
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -21,12 +22,13 @@ from torch.utils.data import TensorDataset
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import VQTokenizer
-from tokenizers_vq.hub import write_atomically
+from tokenizers_vq.files import write_atomically
 from unicfg import Guidance
 from unicfg.cli import main
 from unicfg.training.checkpoint import Checkpoints
 from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
 from unicfg.training.recipe import ModelRecipe, Optimization, Recipe, load_recipe
+from unicfg.training.shapes import make_shapes
 from unicfg.training.shards import Shards
 from unicfg.training.sources import Entry, open_source
 from unicfg.training.trainer import (
@@ -283,6 +285,65 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         fit(Line(), line_data(), line_loss, changed, tmp_path, resume=True, tracker=False)
 
 
+@pytest.mark.parametrize("rubbish", ['{"step": 3, "lo', "null", '"x"', "[1]", '{"loss": 1}'])
+def test_half_a_line_in_the_log_is_dropped(tmp_path, rubbish):
+    """As a kill or a full disk leaves it."""
+    MetricsLog(tmp_path / "m.jsonl", 0).write(1, {"loss": 1.0})
+    with (tmp_path / "m.jsonl").open("a") as file:
+        file.write(rubbish)
+    MetricsLog(tmp_path / "m.jsonl", 2).write(2, {"loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_a_skipped_step_leaves_buffers_alone(tmp_path):
+    """A learned codebook moves in the pass itself, before anyone knows that the loss is not finite."""
+
+    class Moving(Line):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            self.mean += x.mean()
+            return super().forward(x) + self.mean
+
+    def broken(module, batch, step, part):
+        x, y = batch
+        return (module(x * (float("nan") if step == 2 else 1)) - y).square().mean()
+
+    settings = Optimization(steps=5, batch_size=4, skip_not_finite=1)
+    trained = fit(Moving(), line_data(), broken, settings, tmp_path, tracker=False)
+    assert torch.isfinite(trained.mean) and torch.isfinite(trained.weight).all()
+
+
+def test_images_are_enough_where_the_data_is_gone(tmp_path, capsys):
+    values = tiny_recipe(tmp_path / "run", steps=1)
+    scenes = make_shapes(12, size=16)
+    (tmp_path / "data").mkdir()
+    for i, (image, caption) in enumerate(zip(scenes.images, scenes.captions, strict=True)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"data/{i}.png")
+        (tmp_path / f"data/{i}.txt").write_text(caption)
+    values["data"] = {"path": str(tmp_path / "data"), "image_size": 16, "validation": 0.3}
+    file = write_recipe(tmp_path, values)
+    train(load_recipe(file), until="images")
+    shutil.rmtree(tmp_path / "data")
+    train(load_recipe(file), resume=True)
+    assert "the data is not at" in capsys.readouterr().out
+    values["out"] = str(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run", steps=1)))
+    train(recipe)
+    for folder in ("tokenizer", "images", "logs/ar/checkpoints", "."):
+        (tmp_path / "run" / folder / ".something.99.tmp").write_bytes(b"half")
+    train(recipe, resume=True)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
 def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl", 0)
     for step in range(1, 6):
@@ -313,7 +374,7 @@ def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
     write_atomically({"x": torch.ones(4)}, file, {})
     code = (
         "import resource, signal, sys, torch; from pathlib import Path;"
-        "from tokenizers_vq.hub import write_atomically;"
+        "from tokenizers_vq.files import write_atomically;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "write_atomically({'x': torch.ones(1_000_000)}, Path(sys.argv[1]), {})"
@@ -384,6 +445,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         assert not (out / stage / "config.json").exists()  # the stage was not finished
     again = run(recipe, "--resume")
     assert again.returncode == 0, again.stderr
+    assert "ar goes on from step 4" in again.stdout + again.stderr  # and not from the start
     files = ["tokenizer/model", "ar/model"]
     files += [f"logs/{stage}/checkpoints/step-00000012" for stage in ("tokenizer", "ar")]
     for name in files:
@@ -456,7 +518,7 @@ def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["masked", "diffusion", "flow", "hybrid"])
-def test_every_family_joins_a_run_and_resumes_exactly(tmp_path, family):
+def test_every_family_joins_a_run_and_resumes_exactly(tmp_path, family, capsys):
     """Added to the folder of an ar run, it shares the tokenizer; losing its end changes nothing."""
     out = tmp_path / "run"
     file = write_recipe(tmp_path, tiny_recipe(out, steps=4))
@@ -469,7 +531,10 @@ def test_every_family_joins_a_run_and_resumes_exactly(tmp_path, family):
     whole = load_file(out / family / "model.safetensors")
     (out / f"logs/{family}/checkpoints/step-00000004.safetensors").unlink()
     shutil.rmtree(out / family)
+    capsys.readouterr()
     train(load_recipe(file, family), resume=True)
+    told = capsys.readouterr()
+    assert f"{family} goes on from step 2" in told.out + told.err
     again = load_file(out / family / "model.safetensors")
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     pipe = TextToImage.from_pretrained(out, family)
@@ -589,7 +654,7 @@ def test_overfitting_four_captions_draws_them_back(tmp_path, monkeypatch, kind):
     names = list(colours) * 10
 
     class Flat:
-        made_from, count, skipped = "colours", len(names), []
+        made_from, count, size, skipped = "colours", len(names), 8, []
 
         def entries(self):
             return (Entry(str(i), name) for i, name in enumerate(names))

@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from tiny import network
 from torch.utils.data import Dataset
 
+from tokenizers_vq import VQTokenizer, VQTokenizerConfig
 from unicfg import ConditionDropout
 from unicfg.processes import join_processes
 from unicfg.training.families import step_generator, step_seed, training_loss
 from unicfg.training.optimize import fit
-from unicfg.training.recipe import ModelRecipe, Optimization
+from unicfg.training.recipe import ModelRecipe, Optimization, TokenizerRecipe
+from unicfg.training.trainer import _TokenizerLoss
 
 COUNT = 48
 DEFAULTS = {"steps": 6, "batch_size": 16, "log_every": 1, "warmup": 1, "sample_every": 99}
@@ -86,6 +88,29 @@ def run(out: Path, families: list[str], *, shard=False, resume_half_of=None, **s
         save_file(state, out / name / f"trained-{process.process_index}.safetensors")
 
 
+def run_tokenizer(out: Path) -> None:
+    """Train a tokenizer with a learned codebook and a critic, which has parameters that its first steps leave alone."""
+    config = VQTokenizerConfig(16, 4, width=16, depth=1, quantizer="vq", codebook_size=32)
+    optimization = Optimization(**DEFAULTS)
+    torch.manual_seed(0)
+    loss = _TokenizerLoss(
+        VQTokenizer(config), TokenizerRecipe(adversarial=0.1, training=optimization)
+    )
+    pictures = torch.rand(COUNT, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trained = fit(
+        loss,
+        [*pictures],
+        lambda module, batch, step, part: module(batch, step),
+        optimization,
+        out,
+        tracker=False,
+        find_unused=True,
+    )
+    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    save_file(state, out / f"trained-{join_processes().process_index}.safetensors")
+
+
 if __name__ == "__main__":
     for name, settings in json.loads(sys.argv[2]).items():
         run(Path(sys.argv[1]) / name, **settings)
+    run_tokenizer(Path(sys.argv[1]) / "tokenizer")

@@ -15,22 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenizers_vq.hub import read_tensors, write_atomically
+from tokenizers_vq.files import read_tensors, write_atomically
 
 SUFFIX = ".safetensors"
 
 
 def training_state(
-    model: nn.Module, average: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module,
+    average: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
-    """Everything that a training has learned, as a flat dict of tensors."""
+    """Everything that a training has learned, as a flat dict of tensors on the CPU.
+
+    All processes take part, where they have a share of the tensors each; those that do not ``keep`` them get none.
+    """
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
     for which, optimizer in enumerate(optimizers):
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer {which}/{index}/{k}": v for k, v in entries.items()}
-    # average and model may share nothing, but tied weights would: safetensors refuses shared memory
-    return {k: gathered(v.detach()).cpu().clone() for k, v in tensors.items()}
+    whole = {}
+    for name, tensor in tensors.items():
+        own = gathered(tensor.detach())
+        if keep:  # average and model may share nothing, but tied weights would: safetensors refuses shared memory
+            whole[name] = own.cpu().clone()
+    return whole
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -7,9 +7,6 @@ import hashlib
 import io
 import json
 import os
-import stat
-import struct
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,36 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizers_vq.hub import read_bounded
+from unicfg.pictures import known_errors, open_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# what Pillow may open, whatever the name says: nothing that runs another program or has fallen out of use
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MOST_PIXELS = 50_000_000  # of a picture; with what it takes to decode and convert them about 500 MB
-MOST_BYTES = 1 << 26  # of a picture's file
-MOST_PIECES = 300_000  # of a picture's file
 MOST_TEXT = 1 << 20  # characters of a line of metadata, and of a caption's file
 MOST_NAME = 4096  # characters of a path
 NAMED = 5  # files that a warning or an error names before it only counts
 
-# What Pillow raises for files that are missing, cut off, no images, or too large to be decoded safely.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-
-
-_OPENING = threading.Lock()  # filters of warnings are shared by all threads
+# what is raised for an image that is missing, cut off, none, or too large
+UNREADABLE = (OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -140,11 +120,11 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
     the first frame is taken. The longer side is resized to ``size`` (Lanczos); an image that is not square is padded with
     white, not cropped. An image that the metadata names twice is there twice, with each caption.
 
-    A file that cannot be used does not end the reading: broken, missing or oversized images (50 million pixels, 64 MiB),
-    those of another format than PNG, JPEG, WebP, BMP, GIF, TIFF or PPM or with pixels in floating point, links that lead
-    out of the folder, images without a caption and captions without an image are listed in ``skipped`` and told in one
-    warning. Where there is metadata, images count as lacking a caption if they lie in a folder that the metadata speaks of.
-    Hidden files are not looked at.
+    A file that cannot be used does not end the reading: broken, missing or oversized images and those of rare formats
+    (see :func:`unicfg.pictures.open_picture`), images with pixels in floating point, links that lead out of the folder
+    (other than the hub's cache has them), images without a caption and captions without an image are listed in
+    ``skipped`` and told in one warning. Where there is metadata, images count as lacking a caption if they lie in a folder
+    that the metadata speaks of. Hidden files are not looked at.
 
     Args:
         path: the folder.
@@ -287,8 +267,11 @@ def _out_of_reach(folder: Path, name: str) -> str | None:
         return "a NUL in its name"
     if len(name) > MOST_NAME:
         return f"its name has {len(name)} characters, expected at most {MOST_NAME}"
-    root, file = os.path.realpath(folder), os.path.realpath(folder / name)
-    if os.path.commonpath([root, file]) != root and os.path.lexists(folder / name):
+    root, file = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    # the hub's cache: REPOSITORY/snapshots/REVISION/a.png is a link to ../../blobs/HASH
+    snapshots = (own for own in (root, *root.parents) if own.parent.name == "snapshots")
+    allowed = [root, *(own.parent.parent / "blobs" for own in snapshots)]
+    if not any(map(file.is_relative_to, allowed)) and os.path.lexists(folder / name):
         return "a link that leads out of the folder"
     return None
 
@@ -399,50 +382,13 @@ def read_image(file: Path | io.BytesIO, size: int) -> np.ndarray[Any, Any]:
     Raises:
         UNREADABLE: if there is none, or it is too large.
     """
-    content = _Pieces(_content(file) if isinstance(file, Path) else file.getvalue())
-    try:
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow makes the best of
-            # Pillow only warns up to twice its limit; here the limit is the limit.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(content, formats=FORMATS)
-        with opened:
-            return _squared(opened, size)
-    except UNREADABLE:
-        raise
-    except Exception as error:  # Pillow's readers have no common base class for what is no picture
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _content(file: Path) -> bytes:
-    """The bytes of a picture: once in memory, no change of the file can pull them away."""
-    if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
-        raise ValueError("it is no regular file")
-    return read_bounded(file, MOST_BYTES)
-
-
-class _Pieces(io.BytesIO):
-    """Bytes that are read in so many pieces and no more: some files consist of millions, which takes minutes."""
-
-    left = MOST_PIECES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(f"it consists of more than {MOST_PIECES} pieces")
-        return super().read(size)
-
-    def __repr__(self) -> str:
-        return "of these bytes"
+    image = open_picture(file)
+    with known_errors():
+        return _squared(image, size)
 
 
 def _squared(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
-    """An image that was opened, turned upright, resized and padded."""
-    if image.width * image.height > MOST_PIXELS:
-        raise Image.DecompressionBombError(
-            f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS}"
-        )
-    ImageOps.exif_transpose(image, in_place=True)
+    """An image on white, resized and padded."""
     image = _on_white(image)
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -460,7 +406,6 @@ def _on_white(image: Image.Image) -> Image.Image:
         raise ValueError(
             "its pixels are floating point, expected 8 or 16 bits: which is white is not said"
         )
-    image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     whole = Image.new("RGB", image.size)

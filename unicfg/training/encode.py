@@ -20,7 +20,7 @@ from unicfg.training.families import step_seed
 from unicfg.training.shards import INDEX, Shards, finish_shards, is_written, write_shard
 from unicfg.training.sources import read_captions
 
-BATCH = 64  # images encoded at once
+BATCH, MOST_PIXELS = 64, 1 << 22  # encoded at once: so many images, or fewer where they are large
 
 
 def hash_of(tokenizer: VQTokenizer) -> str:
@@ -109,9 +109,12 @@ def _encode(
     tokenizer: VQTokenizer, images: Tensor, shift: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Ids (N, L) and latents (N, C, h, w) of uint8 images (N, 3, H, W), each shifted at random."""
-    device = tokenizer.latent_mean.device
-    ids, latents = [], []
-    for batch in images.split(BATCH):
+    device, config = tokenizer.latent_mean.device, tokenizer.config
+    side = config.image_size // config.factor
+    ids = [torch.empty(0, side * side, dtype=torch.int32)]  # a shard may have no rows
+    latents = [torch.empty(0, tokenizer.latent_channels, side, side)]
+    batch_size = max(1, min(BATCH, MOST_PIXELS // config.image_size**2))
+    for batch in images.split(batch_size) if len(images) else ():
         shown = shifted(to_float(batch), shift, generator).to(device)
         ids.append(tokenizer.encode(shown).flatten(1).to(torch.int32).cpu())
         latents.append(tokenizer.encode_latents(shown).cpu())

@@ -1,8 +1,9 @@
 """The training loop, the same for tokenizers and for models of every family, on one process or many.
 
 A batch is split into equal parts, one for each process, or several where a recipe says ``accumulate``. Order, losses
-and condition dropout do not depend on the split, so a recipe is the same training on any number of processes, up to
-the rounding of sums (and to the draws of ``dropout`` in the network, which differ by part).
+and condition dropout do not depend on the split, so a model's recipe is the same training on any number of processes, up
+to the rounding of sums and to the draws of ``dropout`` in the network, which differ by part. A tokenizer's is where it has
+no learned codebook, which moves in every pass, and no critic, which is balanced in every pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from tokenizers_vq.files import write_text_atomically
 from unicfg.processes import join_processes
 from unicfg.training.checkpoint import (
     Checkpoints,
@@ -82,14 +85,16 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class MetricsLog:
-    """Numbers by step, one JSON object a line; a resumed run drops what lies beyond its first step."""
+    """Numbers by step, one JSON object a line; a resumed run drops what lies beyond its first step.
+
+    Lines are appended as they come, so a kill or a full disk may leave half a line, which is dropped, too.
+    """
 
     def __init__(self, file: Path, start: int) -> None:
         self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        file.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in lines if 0 <= _step_of(line) <= start]
+        write_text_atomically("".join(line + "\n" for line in kept), file)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
@@ -98,6 +103,14 @@ class MetricsLog:
                 handle.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.file}: {error}") from error
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log, -1 where it is no whole one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
 
 
 def learning_rate(step: int, settings: Optimization) -> float:
@@ -152,23 +165,31 @@ def fit(
         OSError: if a checkpoint cannot be written; the one before stays whole.
     """
     state = join_processes()
+    # what a launcher says of precision and accumulation must not change what the recipe says
     accelerator = Accelerator(
+        mixed_precision="no",
         log_with="tensorboard" if tracker and _has_tensorboard() else None,
         project_dir=folder,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )
+    if accelerator.distributed_type.startswith(("FSDP", "DEEPSPEED", "MEGATRON", "TP")):
+        raise ValueError(
+            f"the processes were started for {accelerator.distributed_type}, expected DDP: "
+            "launch without it, and split the model by unicfg train --fsdp"
+        )
     # not accelerate's: its mixed precision is one for the whole process, a tokenizer and a model may differ
     bfloat16 = torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=_uses_bfloat16(settings)
     )
-    batches = EpochBatches(len(data), settings.batch_size, settings.steps, settings.seed)  # type: ignore[arg-type]
-    parts = state.num_processes * settings.accumulate
-    if batches.batch_size % parts:
+    count, parts = len(data), state.num_processes * settings.accumulate  # type: ignore[arg-type]
+    if settings.batch_size % parts or count < parts:
         raise ValueError(
-            f"batch_size is {batches.batch_size}, expected a multiple of {parts}: "
-            f"{state.num_processes} processes with accumulate {settings.accumulate}"
+            f"batch_size is {settings.batch_size}, with {count} samples, expected a multiple of {parts}, and as many "
+            f"samples: {state.num_processes} processes with accumulate {settings.accumulate}"
         )
+    batch_size = min(settings.batch_size, count // parts * parts)
+    batches = EpochBatches(count, batch_size, settings.steps, settings.seed)
     shard = shard and state.num_processes > 1
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     average.to(accelerator.device)
@@ -196,6 +217,14 @@ def fit(
         _check_settings(made_with, settings, folder)
         restore_training_state(tensors, module, average, optimizers)
         batches.start = start
+        if state.is_main_process:
+            tqdm.write(f"{folder.name} goes on from step {start}")
+    starts = gather_object([start])
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of the steps {starts} in {checkpoints.folder}, expected the same: "
+            "they need one folder that all of them can read"
+        )
     if accelerator.log_with:
         accelerator.init_trackers("events")
 
@@ -213,6 +242,8 @@ def fit(
             group["lr"] = learning_rate(step, settings)
         for optimizer in optimizers:
             optimizer.zero_grad()
+        # a pass may change buffers, as a learned codebook does: a step that is skipped must leave none
+        held = [b.clone() for b in module.buffers()] if settings.skip_not_finite else []
         losses = []
         for i in range(settings.accumulate):
             part = Part(state.process_index * settings.accumulate + i, parts)
@@ -223,7 +254,7 @@ def fit(
             with nullcontext() if last_part else accelerator.no_sync(model):
                 with bfloat16:
                     loss = loss_function(model, _rows(batch, i, settings.accumulate), step, part)
-                accelerator.backward(loss / settings.accumulate)
+                (loss / settings.accumulate).backward()
             losses.append(loss.detach())
         norm = gathered(nn.utils.clip_grad_norm_(module.parameters(), settings.clip))
         # of all processes, so that all of them go on, or none does
@@ -235,7 +266,17 @@ def fit(
             average.update_parameters(module)
         else:
             skipped += 1
-            _tell_not_finite(mean, norm, step, batches.at(step), checkpoints, skipped, settings)
+            told = _not_finite(mean, norm, step, batches.at(step))
+            if skipped > settings.skip_not_finite:
+                raise FloatingPointError(
+                    f"{told}: lower the learning rate, or look at the batch; "
+                    f"the last whole checkpoint is in {checkpoints.folder}"
+                )
+            for buffer, before in zip(module.buffers(), held, strict=True):
+                buffer.copy_(before)
+            if state.is_main_process:
+                row = f"{skipped} of {settings.skip_not_finite} in a row"
+                tqdm.write(f"{told}: the step is skipped ({row})")
         seen += batches.batch_size
         done, last = step + 1, step + 1 == settings.steps
         bar.update()
@@ -257,7 +298,7 @@ def fit(
                 log.write(done, values)
                 accelerator.log(values, step=done)
         if done % settings.checkpoint_every == 0 or last:
-            tensors = training_state(module, average, optimizers)
+            tensors = training_state(module, average, optimizers, keep=state.is_main_process)
             if log is not None:
                 checkpoints.save(done, tensors, dataclasses.asdict(settings))
             # a process that ends a training must find its checkpoint
@@ -276,28 +317,12 @@ def _rows(batch: Any, index: int, count: int) -> Any:
     return [_rows(own, index, count) for own in batch]
 
 
-def _tell_not_finite(
-    loss: Tensor,
-    norm: Tensor,
-    step: int,
-    samples: list[int],
-    checkpoints: Checkpoints,
-    in_a_row: int,
-    settings: Optimization,
-) -> None:
-    """Stop, or say that a step is skipped."""
-    what = "the gradient" if bool(torch.isfinite(loss)) else "loss"
-    value = float(norm if bool(torch.isfinite(loss)) else loss)
-    told = (
-        f"{what} is {value} at step {step}, batch of samples {', '.join(map(str, samples[:8]))}"
-        f"{f' and {len(samples) - 8} more' if len(samples) > 8 else ''}"
-    )
-    if in_a_row > settings.skip_not_finite:
-        raise FloatingPointError(
-            f"{told}: lower the learning rate, or look at the batch; "
-            f"the last whole checkpoint is in {checkpoints.folder}"
-        )
-    tqdm.write(f"{told}: the step is skipped ({in_a_row} of {settings.skip_not_finite} in a row)")
+def _not_finite(loss: Tensor, norm: Tensor, step: int, samples: list[int]) -> str:
+    """What was not finite, and in which batch."""
+    what, value = ("the gradient", norm) if bool(torch.isfinite(loss)) else ("loss", loss)
+    more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+    named = ", ".join(map(str, samples[:8]))
+    return f"{what} is {float(value)} at step {step}, batch of samples {named}{more}"
 
 
 def _shard(module: nn.Module) -> None:

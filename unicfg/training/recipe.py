@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tokenizers_vq.hub import check_counts
+from tokenizers_vq.files import check_counts
 from tokenizers_vq.tokenizer import MOST_PIXELS
 from unicfg.settings import build, read_mapping
 from unicfg.training.losses import check_noise_settings

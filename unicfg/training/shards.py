@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenizers_vq.hub import (
+from tokenizers_vq.files import (
     read_json,
     read_tensors,
     shortened,
@@ -66,10 +66,16 @@ def finish_shards(folder: Path, count: int, made_from: str) -> None:
 
     Raises:
         FileNotFoundError: if one is not.
-        ValueError: if one is damaged.
+        ValueError: if one is damaged, or has rows of another shape.
         OSError: if the index cannot be written.
     """
-    rows = [_Shard.open(_file(folder, number)).rows for number in range(count)]
+    shards = [_Shard.open(_file(folder, number)) for number in range(count)]
+    for own in shards:
+        if own.row_shapes != shards[0].row_shapes:
+            raise ValueError(
+                f"{own.file} has rows of {own.row_shapes}, the first shard of {shards[0].row_shapes}"
+            )
+    rows = [own.rows for own in shards]
     for leftover in folder.glob(".*.tmp"):  # of processes that were killed while they wrote
         leftover.unlink()
     index = {MADE_FROM: made_from, "rows": rows}
@@ -181,6 +187,10 @@ class _Shard:
     rows: int
     made_from: str
     tensors: dict[str, _Tensor]
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: own.shape for key, own in sorted(self.tensors.items())}
 
     @classmethod
     def open(cls, file: Path) -> _Shard:

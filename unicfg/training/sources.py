@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 import warnings
 import zlib
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tokenizers_vq.hub import read_json, write_text_atomically
+from tokenizers_vq.files import read_json, write_text_atomically
 from unicfg.processes import join_processes
 from unicfg.training.data import (
     UNREADABLE,
@@ -39,7 +40,12 @@ from unicfg.training.recipe import DataRecipe
 from unicfg.training.shapes import Shapes
 from unicfg.training.shards import INDEX, Shards, finish_shards, is_written, write_shard
 
-ROUND = 2048  # images whose pixels are in memory at once
+ROUND, ROUND_BYTES = (
+    2048,
+    1 << 25,
+)  # pixels in memory at once: of so many images, or fewer where they are large
+LONGEST_CAPTION = 10_000  # characters
+CAPTIONS_BYTES = 1 << 28  # of a round's file: more than captions of that length can take
 PARTS = ("train", "validation")
 
 
@@ -63,6 +69,8 @@ class Source(Protocol):
 
     made_from: str
     """A hash of what the images are, as far as it can be known without reading them."""
+    size: int
+    """S, pixels a side."""
     count: int | None
     """Entries in all, or None where that is not known."""
     skipped: list[tuple[str, str]]
@@ -100,6 +108,7 @@ class _Drawn:
 
     def __init__(self, recipe: DataRecipe) -> None:
         self.count: int | None = recipe.count
+        self.size = recipe.image_size
         self.skipped: list[tuple[str, str]] = []
         self.shapes = Shapes(size=recipe.image_size, wrong=recipe.wrong, unrelated=recipe.unrelated)
         self.made_from = _hash(["shapes", repr(self.shapes), str(self.count)])
@@ -147,7 +156,7 @@ class _Datasets:
             raise ImportError(
                 "data.source datasets needs the library datasets: pip install 'unicfg[data]'"
             ) from error
-        self.recipe = recipe
+        self.recipe, self.size = recipe, recipe.image_size
         self.count: int | None = None
         self.skipped: list[tuple[str, str]] = []
         files = _local_files(recipe.path)
@@ -156,15 +165,14 @@ class _Datasets:
         if recipe.format:
             if not files:
                 raise FileNotFoundError(f"data.path is {recipe.path}, which names no file")
-            folder = recipe.format.endswith("folder")
-            options |= (
-                {"data_dir": recipe.path} if folder else {"data_files": list(map(str, files))}
-            )
+            # a folder is looked through for splits by the library, a pattern is not
+            folder = Path(recipe.path).is_dir()
+            options |= {"data_dir": recipe.path} if folder else {"data_files": _by_split(files)}
         self.splits = {}
         with self._naming_the_path():
             found = datasets.load_dataset(recipe.format or recipe.path, streaming=True, **options)
         for name, own in found.items():
-            if str(name).startswith("test"):  # neither trained on nor looked at
+            if _split_of(str(name)) == "test":  # neither trained on nor looked at
                 continue
             columns = own.column_names
             if columns is None:  # not known before a row is read
@@ -176,7 +184,7 @@ class _Datasets:
                         f"{recipe.path}: no column {key!r}, expected one of {', '.join(columns)}"
                     )
             self.splits[str(name)] = own.cast_column(recipe.image, datasets.Image(decode=False))
-        listing = [f"{file}\0{_length(file)}" for file in files]
+        listing = [f"{file}\0{_length(file)}\0{_text_of(file)}" for file in files]
         about = [recipe.path, recipe.revision, recipe.format, recipe.image, recipe.caption]
         about += self.splits
         self.made_from = _hash(["datasets", str(recipe.image_size), *about, *listing])
@@ -204,18 +212,21 @@ class _Datasets:
         recipe, row = self.recipe, entry.content
         caption = row
         for key in recipe.caption.split("."):
+            if not isinstance(caption, dict) or key not in caption:
+                raise ValueError(f"it has no {recipe.caption}")
             caption = caption[key]
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{recipe.caption} is {caption!r:.80}, expected a text")
-        picture = row[recipe.image]
-        data = picture["bytes"]
+        picture = row.get(recipe.image)
+        if not isinstance(caption, str) or not isinstance(picture, dict):
+            raise ValueError(
+                f"{recipe.caption} is {caption!r:.80} and {recipe.image} {picture!r:.80}"
+            )
+        data = picture.get("bytes")
         if data is None:  # the picture is a file beside the metadata
-            file = Path(picture["path"])
+            file = Path(str(picture.get("path")))
             if not file.resolve().is_relative_to(Path(recipe.path).resolve()):
                 raise ValueError(f"{file} is outside of {recipe.path}")
-            data = file.read_bytes()
-        pixels = read_image(io.BytesIO(data), recipe.image_size)
-        return _channels_first(pixels), caption.strip()
+            return _channels_first(read_image(file, recipe.image_size)), caption
+        return _channels_first(read_image(io.BytesIO(data), recipe.image_size)), caption
 
 
 def prepare_images(source: Source, folder: Path, validation: float, workers: int) -> None:
@@ -249,17 +260,18 @@ def prepare_images(source: Source, folder: Path, validation: float, workers: int
             disable=not processes.is_main_process,
         ) as bar,
     ):
-        for number, entries in enumerate(_rounds(source.entries())):
+        most = max(1, min(ROUND, ROUND_BYTES // (3 * source.size**2)))
+        for number, entries in enumerate(_rounds(source.entries(), most)):
             mine = number % processes.num_processes == processes.process_index
             if mine and not all(is_written(folder / p, number, source.made_from) for p in PARTS):
-                _write_round(source, folder, number, entries, validation, pool)
+                _write_round(source, folder, number, number * most, entries, validation, pool)
             bar.update(len(entries))
             rounds = number + 1
     processes.wait_for_everyone()
     if processes.is_main_process:
         skipped = list(source.skipped)
         for number in range(rounds):
-            skipped += read_json(folder / _captions(number))["skipped"]
+            skipped += _read_captions(folder, number)["skipped"]
         if skipped:
             warnings.warn(f"images: {summary_of(skipped)}", stacklevel=2)
         for part in PARTS:
@@ -269,16 +281,27 @@ def prepare_images(source: Source, folder: Path, validation: float, workers: int
     processes.wait_for_everyone()
 
 
+def images_made_from(folder: Path) -> str | None:
+    """Of which source the finished images in a folder are, by its hash; None where they are not all there."""
+    if not all((folder / part / INDEX).exists() for part in PARTS):
+        return None
+    return Shards(folder / PARTS[0], ()).made_from
+
+
 def read_captions(folder: Path, part: str) -> Iterator[list[str]]:
     """The captions of the images in ``folder/train`` or ``folder/validation``, a list for each shard."""
     for number in range(Shards(folder / part, ()).count):
-        yield read_json(folder / _captions(number))[part]
+        yield _read_captions(folder, number)[part]
 
 
-def _rounds(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def _read_captions(folder: Path, number: int) -> dict[str, Any]:
+    return read_json(folder / _captions(number), CAPTIONS_BYTES)
+
+
+def _rounds(entries: Iterable[Entry], most: int) -> Iterator[list[Entry]]:
     """The entries, so many at a time."""
     left = iter(entries)
-    while some := list(islice(left, ROUND)):
+    while some := list(islice(left, most)):
         yield some
 
 
@@ -286,37 +309,55 @@ def _write_round(
     source: Source,
     folder: Path,
     number: int,
+    first: int,
     entries: list[Entry],
     validation: float,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Decode a round and write its captions and its two shards, in an order that makes the last one say it is done."""
+    """Decode a round, whose first entry has the position ``first``, and write its captions and its two shards, in an order that makes the last one say it is done."""
     pixels: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     captions: dict[str, list[Any]] = {part: [] for part in (*PARTS, "skipped")}
 
     def read(entry: Entry) -> tuple[Tensor, str] | str:
         try:
-            return source.read(entry)
+            image, caption = source.read(entry)
+            return image, _checked(caption)
         except UNREADABLE as error:
             return f"{type(error).__name__}: {error}"
 
-    for i, (entry, found) in enumerate(zip(entries, pool.map(read, entries), strict=True)):
+    for i, (entry, found) in enumerate(zip(entries, pool.map(read, entries), strict=True), first):
         if isinstance(found, str):
             captions["skipped"].append((entry.name, found))
             continue
         image, caption = found
         if entry.split is None:
-            held_out = is_held_out(number * ROUND + i, caption, validation)
+            held_out = is_held_out(i, caption, validation)
         else:
             held_out = is_validation(entry.split)
         part = PARTS[held_out]
         pixels[part].append(image)
         captions[part].append(caption)
-    write_text_atomically(json.dumps(captions) + "\n", folder / _captions(number))
-    size = next((own[0].shape for own in pixels.values() if own), (3, 0, 0))
+    text = json.dumps(captions, ensure_ascii=False)
+    write_text_atomically(text + "\n", folder / _captions(number))
+    none = torch.empty(0, 3, source.size, source.size, dtype=torch.uint8)
     for part, images in pixels.items():
-        tensor = torch.stack(images) if images else torch.empty(0, *size, dtype=torch.uint8)
+        tensor = torch.stack(images) if images else none
         write_shard(folder / part, number, {"images": tensor}, source.made_from)
+
+
+def _checked(caption: str) -> str:
+    """A caption without white space around it.
+
+    Raises:
+        ValueError: if it is empty, too long, or no Unicode.
+    """
+    caption = caption.strip()
+    if not 0 < len(caption) <= LONGEST_CAPTION:
+        raise ValueError(
+            f"the caption has {len(caption)} characters, expected 1 to {LONGEST_CAPTION}"
+        )
+    caption.encode()  # a lone surrogate is a ValueError
+    return caption
 
 
 def _captions(number: int) -> str:
@@ -333,6 +374,36 @@ def _local_files(path: str) -> list[Path]:
     if Path(path).is_dir():
         return sorted(own for own in Path(path).rglob("*") if own.is_file())
     return sorted(own for own in map(Path, glob(path, recursive=True)) if own.is_file())
+
+
+def _by_split(files: list[Path]) -> dict[str, list[str]]:
+    """Files by the split that their names say, as in ``val-00000.parquet``; all are one where no name says any."""
+    named: dict[str, list[str]] = {}
+    for file in files:
+        split = next(filter(None, map(_split_of, re.split(r"[^a-z]+", file.name.lower()))), "train")
+        named.setdefault(split, []).append(str(file))
+    return named if len(named) > 1 else {"train": [str(file) for file in files]}
+
+
+def _split_of(word: str) -> str | None:
+    """Which split a word names, if any."""
+    for split, names in SPLITS.items():
+        if word in names:
+            return split
+    return None
+
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words that name a split, as the library datasets has them."""
+
+
+def _text_of(file: Path) -> str:
+    """The content of a file with captions, nothing of other files."""
+    return file.read_text("utf-8", "replace") if file.stem == "metadata" else ""
 
 
 def _length(file: Path) -> int:

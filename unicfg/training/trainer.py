@@ -7,6 +7,8 @@ processes, all of them run every stage, and the first one writes what they share
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from tokenizers_vq import (
     to_float,
     to_images,
 )
-from tokenizers_vq.hub import WEIGHTS, read_json, save_part, write_text_atomically
+from tokenizers_vq.files import read_json, write_text_atomically
+from tokenizers_vq.hub import WEIGHTS, save_part
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 from unicfg.processes import join_processes
@@ -49,11 +52,22 @@ from unicfg.training.recipe import (
     TokenizerRecipe,
 )
 from unicfg.training.shards import Shards
-from unicfg.training.sources import open_source, prepare_images, read_captions
+from unicfg.training.sources import (
+    images_made_from,
+    open_source,
+    prepare_images,
+    read_captions,
+)
 
 SAMPLE_SCALES = (1.0, 3.0)
+BATCH, SHOWN_PIXELS = (
+    64,
+    1 << 24,
+)  # the tokenizer is measured on so many pixels, or on a batch of large images
 SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
-FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "workers"}  # may differ when a run is resumed
+# may differ when a run is resumed; the data may have moved, its images are in the run
+FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "data/path", "data/workers"}
+LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe")  # what is said of an ended process
 STAGES = ("images", "tokenizer", "codes", "model")
 
 
@@ -82,8 +96,7 @@ def train(
     try:
         return _train(recipe, resume, until, fsdp)
     except RuntimeError as error:
-        # what gloo and NCCL say of another process that has ended
-        lost = isinstance(error, torch.distributed.DistError) or "peer" in str(error)
+        lost = isinstance(error, torch.distributed.DistError) or LOST.search(str(error))
         if join_processes().num_processes > 1 and lost:
             raise ConnectionError(
                 f"another process has ended ({error}): what is finished, and the last whole checkpoint, is in "
@@ -98,10 +111,22 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     # all that can be refused is refused before the folder is claimed and the first image read
     tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
     _check_model(recipe, tokenizer_config)
-    source = open_source(recipe.data)
-    _claim_folder(recipe, source.made_from, out, resume)
+    made_from, source = images_made_from(images), None
+    try:
+        source = open_source(recipe.data)
+        made_from = source.made_from
+    except FileNotFoundError:
+        if made_from is None or not resume:
+            raise
+        print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
+    _claim_folder(recipe, made_from, out, resume)
+    if processes.is_main_process:
+        for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
+            leftover.unlink()
+    processes.wait_for_everyone()
 
-    prepare_images(source, images, recipe.data.validation, recipe.data.workers)
+    if source is not None:
+        prepare_images(source, images, recipe.data.validation, recipe.data.workers)
     count = {part: len(Shards(images / part, ())) for part in ("train", "validation")}
     if processes.is_main_process:
         print(f"{count['train']} training and {count['validation']} validation images")
@@ -180,7 +205,7 @@ def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> No
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key.split("/")[-1] not in FREE_SETTINGS and before.get(key) != now.get(key)
+        if not {key, key.split("/")[-1]} & FREE_SETTINGS and before.get(key) != now.get(key)
     ]
     if held and changed:
         raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
@@ -209,8 +234,8 @@ class _Images(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return to_float(self.shards[index][0])
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [to_float(image) for (image,) in self.shards.__getitems__(indices)]
 
 
 class _Codes(Dataset[tuple[Tensor, ...]]):
@@ -222,9 +247,11 @@ class _Codes(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        data, text = self.shards[index]
-        return (data if data.is_floating_point() else data.long()), text.long()
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        return [
+            (data if data.is_floating_point() else data.long(), text.long())
+            for data, text in self.shards.__getitems__(indices)
+        ]
 
 
 def _train_tokenizer(
@@ -239,7 +266,8 @@ def _train_tokenizer(
     set_seed(settings.training.seed)
     tokenizer = VQTokenizer(config)
     train_set, val_set = (Shards(images / part, ("images",)) for part in ("train", "validation"))
-    held_out = to_float(val_set.first(512)[0])
+    most = max(BATCH, SHOWN_PIXELS // config.image_size**2)  # images that are in memory at once
+    held_out = to_float(val_set.first(min(512, most))[0])
     loss = _TokenizerLoss(tokenizer, settings)
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
@@ -256,16 +284,17 @@ def _train_tokenizer(
         out / "logs" / "tokenizer",
         resume=resume,
         report=report,
-        workers=recipe.data.workers if processes.num_processes == 1 else 0,
+        workers=recipe.data.workers,
         find_unused=loss.adversarial is not None,
     )
     assert isinstance(trained, _TokenizerLoss)
     tokenizer = trained.tokenizer.cpu().eval()
-    tokenizer.fit_latent_statistics(to_float(train_set.first(2048)[0]))
     if processes.is_main_process:
+        tokenizer.fit_latent_statistics(to_float(train_set.first(min(2048, most))[0]), BATCH)
         save_part(tokenizer, out / "tokenizer")
     processes.wait_for_everyone()
-    return tokenizer
+    # one for all processes, to the last bit
+    return VQTokenizer.from_pretrained(out / "tokenizer")
 
 
 def _tokenizer_config(recipe: TokenizerRecipe, image_size: int) -> VQTokenizerConfig:
@@ -337,7 +366,7 @@ def _train_model(
     settings, family = recipe.model, recipe.model.family
     seed = settings.training.seed
     train_codes, val_codes = (_Codes(own.folder, training_data(family)) for own in codes)
-    held_out = default_collate([val_codes[i] for i in range(min(512, len(val_codes)))])
+    held_out = default_collate(val_codes.__getitems__(range(min(512, len(val_codes)))))
     set_seed(seed)
     wrapped = ConditionDropout(network, text.null_condition, settings.condition_dropout)
     loss = training_loss(settings, network)
