@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import VQTokenizer, to_float
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance
 from unicfg.evaluation import accuracy, attributes
 from unicfg.evaluation.accuracy import Accuracy, attribute_accuracy, scene_of

@@ -31,7 +31,7 @@ from models import TextToImage
 from models.blocks import TimeEmbedding
 from models.pipeline import SOLVERS, STEPS
 from tokenizers_vq import to_float
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance, sample_autoregressive, sample_diffusion
 from unicfg.guidance.spaces import convert
 from unicfg.sampling.classifier import ClassifierDenoiser, ClassifierTokens

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance, guide
 from unicfg.guidance import mitigations
 from unicfg.guidance.core import Scale

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from models import TextToImage
 from models.quantized import stored
 from tokenizers_vq import to_float
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance, guide
 from unicfg.training.data import ImageSet
 from unicfg.training.shapes import make_shapes

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import to_float
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance
 from unicfg.evaluation.attributes import Reading, read_scenes
 from unicfg.guidance import mitigations as m

@@ -21,7 +21,7 @@ from timing import machine, measure
 from tqdm.auto import tqdm
 
 from models import TextToImage
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg import Guidance
 from unicfg.training.data import ImageSet
 from unicfg.training.shapes import make_shapes

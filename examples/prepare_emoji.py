@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pillow>=11", "tqdm>=4.66"]
+# dependencies = ["unicfg"]
 # ///
 """Build a real captioned image set: emoji in three drawing styles, as a folder that ``unicfg train`` reads.
 
@@ -32,6 +32,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from unicfg.pictures import open_picture
 
 MARK = ".made-by-prepare-emoji"  # a folder with this file in it may be replaced
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
@@ -377,12 +379,11 @@ def on_white(file: Path, size: int) -> Image.Image:
         OSError: if it cannot be read.
     """
     try:
-        with Image.open(file, formats=("PNG", "WEBP")) as opened:
-            if max(opened.size) > LARGEST:
-                raise ValueError(f"it has {opened.size} pixels, expected {LARGEST} a side at most")
-            image = opened.convert("RGBA")
-    # what Pillow raises for what is no whole picture
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = open_picture(file)
+        if max(image.size) > LARGEST:
+            raise ValueError(f"it has {image.size} pixels, expected {LARGEST} a side at most")
+        image = image.convert("RGBA")
+    except (OSError, ValueError) as error:
         raise OSError(f"{file} cannot be read: {error}") from error
     side = max(image.size)  # a few pictures are a little higher than wide
     square = Image.new("RGBA", (side, side), "white")

@@ -20,7 +20,7 @@ from models.blocks import (
 )
 from models.compiled import compiled_method
 from models.packed import pack
-from tokenizers_vq.hub import FORMAT_VERSION, check_counts, check_format_version
+from tokenizers_vq.files import FORMAT_VERSION, check_counts, check_format_version
 
 # far beyond what anyone trains: larger numbers are a damaged or a hostile file
 MOST_WIDTH, MOST_DEPTH, MOST_SIDE = 1 << 16, 512, 256
@@ -41,7 +41,7 @@ class BodyConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_format_version(self.format_version)
+        check_format_version(vars(self))
         check_counts(self, grid=MOST_SIDE, condition_vocabulary=1 << 24, condition_length=1 << 12)
         check_counts(self, width=MOST_WIDTH, depth=MOST_DEPTH, heads=MOST_WIDTH)
         if self.width % self.heads:

@@ -16,15 +16,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from tokenizers_vq.hub import (
-    CONFIG,
+from tokenizers_vq.files import (
     FORMAT_VERSION,
-    WEIGHTS,
+    UNSTATED_VERSION,
     check_format_version,
     read_json,
     read_tensors,
     write_text_atomically,
 )
+from tokenizers_vq.hub import CONFIG, WEIGHTS
 
 DESCRIPTION = "pipeline.json"
 # what is read of a repository; nothing else of it is downloaded
@@ -85,7 +85,7 @@ def _families(file: Path) -> list[str]:
     """
     description = read_json(file)
     try:
-        check_format_version(description.get("format_version", 1))
+        check_format_version(description)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     families = description.get("families")
@@ -102,7 +102,7 @@ def _same(one: Path, other: Path) -> bool:
             own.dtype == others[name].dtype and torch.equal(own, others[name])
             for name, own in tensors.items()
         )
-    held = [{"format_version": 1} | read_json(file) for file in (one, other)]
+    held = [{"format_version": UNSTATED_VERSION} | read_json(file) for file in (one, other)]
     return held[0] == held[1]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.text import TextTokenizer
-from tokenizers_vq.hub import (
+from tokenizers_vq.files import (
     FORMAT_VERSION,
     check_format_version,
     read_json,
@@ -114,7 +114,7 @@ def load_prompt_encoder(file: Path) -> PromptEncoder:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{file}: classes is {classes!r:.200}, expected a list of names")
     try:
-        check_format_version(values.get("format_version", 1))
+        check_format_version(values)
         return ClassLabels(classes)
     except ValueError as error:
         raise ValueError(f"{file}: {shortened(error)}") from error

@@ -27,12 +27,8 @@ from models.quantized import is_quantized, quantize
 from models.token_transformer import MaskedTransformer, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
 from tokenizers_vq.cards import upload, write_card
-from tokenizers_vq.hub import (
-    WEIGHTS,
-    load_tensors,
-    save_part,
-    write_atomically,
-)
+from tokenizers_vq.files import load_tensors, write_atomically
+from tokenizers_vq.hub import WEIGHTS, save_part
 from tokenizers_vq.images import from_image, to_images
 from unicfg.guidance import Guidance
 from unicfg.sampling import (
@@ -184,7 +180,7 @@ class TextToImage:
         return self.tokenizer.latent_mean.device
 
     def to(self, device: torch.device | str) -> TextToImage:
-        """Move model and tokenizer; returns itself."""
+        """Move model and tokenizer; returns itself. For half precision: ``pipe.model.to(dtype)``, the tokenizer stays."""
         self.model.to(device)
         self.tokenizer.to(device)
         return self

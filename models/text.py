@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from tokenizers_vq.hub import check_format_version, read_json, shortened, write_text_atomically
+from tokenizers_vq.files import check_format_version, read_json, shortened, write_text_atomically
 
 PAD, NULL, END = "[PAD]", "[NULL]", "[END]"
 SPECIAL = (PAD, NULL, END)
@@ -32,8 +32,8 @@ class TextTokenizer:
         length: T, tokens of every encoded caption.
 
     Raises:
-        ValueError: if a special token is missing from ``bpe``, its ids are not 0, 1, 2, ..., it cuts captions itself, or
-            ``length`` is less than 1 or more than ``LONGEST``.
+        ValueError: if a special token is missing from ``bpe``, its ids are not 0, 1, 2, ..., it cuts captions itself, is no
+            BPE, has dropout or a regular expression, or ``length`` is less than 1 or more than ``LONGEST``.
     """
 
     def __init__(self, bpe: Tokenizer, length: int = 32) -> None:
@@ -41,6 +41,7 @@ class TextTokenizer:
             raise ValueError(f"length is {length}, expected at least 1 and at most {LONGEST}")
         if bpe.truncation is not None:
             raise ValueError(f"truncation is {bpe.truncation}, expected none: length says it")
+        _check_parts(json.loads(bpe.to_str()))
         known = bpe.get_vocab()
         missing = [token for token in SPECIAL if token not in known]
         if missing:
@@ -133,8 +134,6 @@ class TextTokenizer:
     def load(cls, file: Path | str) -> TextTokenizer:
         """Read what :meth:`save` wrote.
 
-        Regular expressions in the file are refused: on some texts they can take for ever.
-
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds something else, or another release wrote it.
@@ -145,8 +144,9 @@ class TextTokenizer:
         try:
             values = read_json(file)
             # the format is that of the library tokenizers; a release that changes ours will say so
-            check_format_version(values.pop("format_version", 1))
-            _check_tokenizer(values)
+            check_format_version(values)
+            values.pop("format_version", None)
+            _check_parts(values)
             bpe = Tokenizer.from_str(json.dumps(values))
         except OSError:
             raise
@@ -162,8 +162,11 @@ class TextTokenizer:
             raise ValueError(f"{file}: {shortened(error)}") from error
 
 
-def _check_tokenizer(values: Any) -> None:
-    """Refuse what the library would take, and run into later.
+def _check_parts(values: Mapping[str, Any]) -> None:
+    """Refuse what the library would take, and run into later; a regular expression can take for ever on some texts.
+
+    Args:
+        values: what the library's JSON of a tokenizer holds.
 
     Raises:
         ValueError: names what.
@@ -173,10 +176,13 @@ def _check_tokenizer(values: Any) -> None:
         raise ValueError("model is no BPE")
     if model.get("dropout"):
         raise ValueError(f"model: dropout is {model['dropout']!r}, expected none: it would draw")
-    parts = [values]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict) and "Regex" in part:
-            raise ValueError(f"it holds the regular expression {part['Regex']!r}, expected none")
-        inner = part.values() if isinstance(part, dict) else part
-        parts += [own for own in inner if isinstance(own, dict | list)]
+    for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        parts = [values.get(name)]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict) and "Regex" in part:
+                raise ValueError(
+                    f"{name} holds the regular expression {part['Regex']!r:.200}, expected none"
+                )
+            if isinstance(part, dict | list):
+                parts += part.values() if isinstance(part, dict) else part

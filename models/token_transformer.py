@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from models.blocks import EncodedCondition, KVCache
 from models.body import Body, BodyConfig, initialize, previous_tokens
 from models.packed import pack
-from tokenizers_vq.hub import StrictHubMixin, check_counts
+from tokenizers_vq.files import check_counts
+from tokenizers_vq.hub import StrictHubMixin
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,63 @@ def test_exif_orientation_is_followed(tmp_path):
     (tmp_path / "a.txt").write_text("red below")
     pixels = read(tmp_path).images[0]
     assert pixels[:, 0, 4].tolist() == WHITE and pixels[:, 7, 4].tolist() == RED
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "ICO", "TIFF", "PPM", "BMP", "GIF"])
+def test_formats_that_metadata_names(tmp_path, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    with open(tmp_path / "a.picture", "wb") as file:
+        Image.new("RGB", (16, 16), "red").save(file, kind)
+    write_jsonl(tmp_path, {"file_name": "a.picture", "text": "x"})
+    pixels = read(tmp_path).images[0, :, 4, 4]
+    assert (pixels - torch.tensor(RED)).abs().max() <= 4
+
+
+# The cache of the hub
+
+
+@pytest.mark.parametrize("sub", ["", "data/train"])
+@pytest.mark.parametrize("convention", ["metadata.jsonl", "metadata.csv", "txt"])
+def test_a_data_set_in_the_cache_of_the_hub_is_read_and_what_lies_beside_it_is_not(
+    tmp_path, sub, convention
+):
+    cache = tmp_path / "hub/datasets--someone--shapes"
+    folder = cache / "snapshots/0123abc" / sub
+    folder.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+
+    def put(name, content):
+        (cache / "blobs" / f"hash of {name}").write_bytes(content)
+        up = Path(*[".."] * len(folder.relative_to(cache).parts))
+        (folder / name).symlink_to(up / "blobs" / f"hash of {name}")
+
+    save(tmp_path / "red.png")
+    red = (tmp_path / "red.png").read_bytes()
+    names = ["a.png", "secret.png"]
+    put("a.png", red)
+    (tmp_path / "hub/secret.png").write_bytes(red)
+    (folder / "secret.png").symlink_to(tmp_path / "hub/secret.png")
+    if convention == "metadata.jsonl":
+        put(convention, "\n".join(f'{{"file_name": "{n}", "text": "x"}}' for n in names).encode())
+    elif convention == "metadata.csv":
+        put(convention, "\n".join(["file_name,text", *(f"{n},x" for n in names)]).encode())
+    else:
+        put("a.txt", b"x")
+        put("secret.txt", b"x")
+    data = read_with_warning(folder, "skipped 1 files: secret.png .a link that leads out")
+    assert data.captions == ["x"] and data.images[0, :, 4, 4].tolist() == RED
+
+
+def test_a_folder_of_that_name_opens_no_other_folder(tmp_path):
+    folder = tmp_path / "snapshots/x"
+    captioned(folder, "own.png")
+    save(tmp_path / "private/a.png")
+    captioned(folder, "b.png")
+    (folder / "b.png").unlink()
+    (folder / "b.png").symlink_to(tmp_path / "private/a.png")
+    assert read_with_warning(folder, "a link that leads out").captions == ["a red square"]
 
 
 # What cannot be used

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,6 +258,40 @@ def test_a_folder_with_something_else_is_refused(pipe, tmp_path):
     assert sorted(own.name for own in tmp_path.rglob("*.*")) == ["mine.txt", "settings.json"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2, expected 1"),
+        ({"prompts": [[1]]}, r"prompts holds \[1\], expected texts"),
+        ({"prompts": []}, "prompts is empty"),
+        ({"scales": ["x"]}, "one of scales is 'x'"),
+        ({"scales": [math.nan]}, "one of scales is nan"),
+        ({"scales": [10**400]}, "one of scales is 1000"),
+        ({"n": True}, "n is True"),
+        ({"n": math.nan}, "n is nan"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"commands": [{}]}, "commands is"),
+        ({"guidance": {"3": 3}}, "guidance is"),
+    ],
+)
+def test_settings_that_are_damaged_are_refused(pipe, tmp_path, changes, message):
+    out = tmp_path / "images"
+    draw_folder(pipe, CAPTIONS[:1], out, n=1)
+    file = out / "settings.json"
+    held = json.loads(file.read_text())
+    assert held["format_version"] == 1
+    file.write_text(json.dumps(held | changes))
+    with pytest.raises(ValueError, match=rf"settings\.json is not the settings .*{message}"):
+        draw_folder(pipe, CAPTIONS[:1], out, n=1)
+    del held["format_version"]  # an older release wrote none
+    file.write_text(json.dumps(held))
+    assert draw_folder(pipe, CAPTIONS[:1], out, n=1) == 1
+    nested = '{"a": ' * 900 + "1" + "}" * 900
+    file.write_text(json.dumps(held)[:-1] + f', "x": {nested}}}')
+    with pytest.raises(ValueError, match=r"settings\.json .* is nested too deeply"):
+        draw_folder(pipe, CAPTIONS[:1], out, n=1)
+
+
 def test_a_run_that_drew_nothing_binds_no_other(pipe, tmp_path):
     out = tmp_path / "images"
     with pytest.raises(ValueError, match="top_p"):
@@ -293,6 +328,15 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(pipe, tmp_pat
     assert not out.exists()
 
 
+def test_more_prompts_than_can_be_read_back_are_refused_before_they_are_drawn(
+    pipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generation, "MOST_SETTINGS_BYTES", 50_000)
+    with pytest.raises(ValueError, match=r"prompts are 9000, of \d+ bytes .* several folders"):
+        draw_folder(pipe, [f"prompt {i}" for i in range(9000)], tmp_path / "images", n=1)
+    assert not (tmp_path / "images").exists()
+
+
 def test_images_and_masks_are_told_apart(weights, tmp_path):
     flow = TextToImage.from_pretrained(weights, "flow")
     out, mask = tmp_path / "images", Image.new("L", (16, 16), 255)
@@ -309,10 +353,9 @@ def test_images_and_masks_are_told_apart(weights, tmp_path):
 
 
 def test_images_that_are_not_finite_end_the_run(weights, tmp_path):
-    flow = TextToImage.from_pretrained(weights, "flow")
-    real, out = flow.sample, tmp_path / "images"
-    flow.sample = lambda *a, **k: real(*a, **k) * math.nan
-    with pytest.raises(FloatingPointError, match="the scale 3 are not finite"):
+    flow, out = TextToImage.from_pretrained(weights, "flow"), tmp_path / "images"
+    next(flow.tokenizer.decoder.parameters()).data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the decoded images are not finite"):
         draw_folder(flow, CAPTIONS[:1], out, n=1, steps=2)
     assert not list(out.rglob("*.png"))
 
@@ -502,6 +545,30 @@ def test_the_command_line_draws_into_a_folder_what_it_draws_into_a_picture(
     assert settings["branches"] == {"negative": "a blue square"}
     assert settings["sampler"]["top_k"] == 9
     assert settings["commands"][0].startswith("unicfg ")
+
+
+@pytest.mark.parametrize("option", ["init-image", "mask"])
+@pytest.mark.parametrize("kind", ["bomb", "truncated", "text", "nothing"])
+def test_pictures_that_cannot_be_read_are_named(tmp_path, weights, capsys, option, kind):
+    file, whole = tmp_path / "x.png", tmp_path / "whole.png"
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    content = whole.read_bytes()
+    if kind == "bomb":
+        head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + content[24:29]
+        content = content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+    elif kind == "truncated":
+        content = content[: len(content) // 2]
+    elif kind == "text":
+        content = b"no picture"
+    if kind != "nothing":
+        file.write_bytes(content)
+    both = {"init-image": whole, "mask": whole} | {option: file}
+    command = ["generate", "x", "--weights", str(weights), "--family", "flow"]
+    command += ["--init-image", str(both["init-image"]), "--mask", str(both["mask"])]
+    assert run_cli([*command, "--out", str(tmp_path / "out.png")]) == 2
+    said = capsys.readouterr().err
+    assert f"error: --{option}" in said and "x.png" in said and "Traceback" not in said
 
 
 def test_a_file_is_no_folder(tmp_path, weights, capsys):

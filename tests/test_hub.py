@@ -8,12 +8,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
+from tiny import FAMILIES, network
 
 import models.folders
 import tokenizers_vq.cards
 import tokenizers_vq.hub
 from models import TextToImage, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
+from tokenizers_vq.hub import save_part
 from unicfg import Guidance
 
 FACTS = Facts(
@@ -112,6 +114,24 @@ def test_parts_by_themselves(hub, tmp_path):
         assert (tmp_path / kind.__name__ / "README.md").read_text() == "mine"
         part.save_pretrained(tmp_path / kind.__name__, FACTS)
         assert "Drawn by" in (tmp_path / kind.__name__ / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_network_is_read_without_drawing_one_into_memory_of_its_own(tmp_path, family, dtype):
+    model = network(family)
+    save_part(model, tmp_path, dtype)
+    state = torch.get_rng_state()
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    for file in tmp_path.iterdir():  # a file that is changed in its place reaches no loaded model
+        file.write_bytes(bytes(file.stat().st_size))
+    assert not again.training and all(own.requires_grad for own in again.parameters())
+    assert {own.device.type for own in (*again.parameters(), *again.buffers())} == {"cpu"}
+    for name, own in again.state_dict().items():
+        expected = model.state_dict()[name]
+        assert own.dtype == expected.dtype, name
+        assert torch.equal(own, expected.to(dtype).to(expected.dtype)), name
 
 
 def test_a_card_without_data_or_licence_is_refused():

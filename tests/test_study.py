@@ -247,6 +247,21 @@ def test_a_scale_that_makes_nan_is_reported_and_the_study_goes_on(
     assert "holds NaN" in (out / "report.html").read_text()
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"made_with": [1]}', "[" * 5000])
+def test_what_cannot_be_read_is_made_anew(weights, tmp_path, damage):
+    plan, out = Study(weights, families=("flow",), **{**SMALL, "scales": (3.0,)}), tmp_path / "out"
+    run(plan, out, progress=False)
+    (cell,) = out.rglob("cell.json")
+    files = {own: own.read_bytes() for own in (cell, out / "reference.json")}
+    for file in files:
+        file.write_text(damage)
+    run(plan, out, progress=False)
+    for file, content in files.items():
+        before, now = json.loads(content), json.loads(file.read_text())
+        assert now["made_with"] == before["made_with"]
+        assert now["measures"].keys() == before["measures"].keys()
+
+
 def test_a_full_disk_is_an_error_and_finished_cells_stay(weights, tmp_path, monkeypatch):
     plan, real = Study(weights, families=("ar",), **SMALL), studies.save_picture
 

@@ -49,6 +49,27 @@ def test_latents_and_ids_decode_to_the_same_image(quantizer):
     torch.testing.assert_close(by_ids, by_latents, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_loaded_is_what_was_saved_and_what_is_made_with_it(tmp_path, quantizer, dtype):
+    tokenizer = make(quantizer=quantizer)
+    tokenizer.encode(images())  # the first call makes the codebook
+    tokenizer.to(dtype).save_pretrained(tmp_path)
+    again = VQTokenizer.from_pretrained(tmp_path)
+    assert not again.training
+    assert {own.device.type for own in (*again.parameters(), *again.buffers())} == {"cpu"}
+    assert all(own.requires_grad for own in again.parameters())
+    for (name, own), other in zip(
+        again.state_dict().items(), tokenizer.state_dict().values(), strict=True
+    ):
+        assert own.dtype == (torch.float32 if other.is_floating_point() else other.dtype), name
+        assert torch.equal(own, other.to(own.dtype)), name
+    x = images()
+    if dtype == torch.float32:
+        assert torch.equal(again.encode(x), tokenizer.encode(x))
+    again(x)[0].sum().backward()
+
+
 def test_other_sizes_than_the_trained_one_work_if_they_are_multiples():
     assert make().encode(images(1, 64)).shape == (1, 16, 16)
 

@@ -11,7 +11,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vq.hub import FORMAT_VERSION, StrictHubMixin, check_counts, check_format_version
+from tokenizers_vq.files import FORMAT_VERSION, check_counts, check_format_version, whole_number
+from tokenizers_vq.hub import StrictHubMixin
 from tokenizers_vq.networks import Decoder, Encoder
 from tokenizers_vq.quantizers import FiniteScalarQuantizer, Quantized, VectorQuantizer
 
@@ -35,7 +36,7 @@ class VQTokenizerConfig:
 
     def __post_init__(self) -> None:
         """Check the values; JSON gives lists where tuples were."""
-        check_format_version(self.format_version)
+        check_format_version(vars(self))
         check_counts(self, image_size=MOST_PIXELS, factor=256, width=MOST_WIDTH, depth=256)
         check_counts(self, codebook_size=MOST_CODES, codebook_dim=1 << 12)
         if self.factor < 2 or self.factor % 2:
@@ -46,11 +47,9 @@ class VQTokenizerConfig:
             )
         if self.width < 16 or self.width % 16:
             raise ValueError(f"width is {self.width}, expected a multiple of 16")
-        if not isinstance(self.levels, Sequence) or any(
-            type(own) is not int for own in self.levels
-        ):
+        if not isinstance(self.levels, Sequence):
             raise TypeError(f"levels is {self.levels!r}, expected a list of ints")
-        self.levels = tuple(self.levels)
+        self.levels = tuple(whole_number(own, "one of levels") for own in self.levels)
         if not self.levels or min(self.levels) < 3:
             raise ValueError(f"levels is {self.levels}, expected numbers of at least 3")
         if math.prod(self.levels) > MOST_CODES:

@@ -21,7 +21,7 @@ from unicfg.evaluation.comparison import compare as draw_comparison
 from unicfg.evaluation.prompts import read_prompts
 from unicfg.generation import BATCH, draw_folder
 from unicfg.guidance import Guidance, branches
-from unicfg.pictures import check_picture_name, grid, save_picture
+from unicfg.pictures import check_picture_name, grid, open_picture, save_picture
 from unicfg.processes import join_processes
 from unicfg.sampling import TokenFilter
 
@@ -369,12 +369,18 @@ def demo(
         str, typer.Option(help="Address to listen at; others than this machine reach 0.0.0.0.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 7860,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name", help="Host as which a proxy or a tunnel reaches the page; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Serve a page to type prompts, move the scale, and watch families draw side by side."""
     # imported here: gradio takes seconds, and may not be there
     from unicfg.demo.page import launch
 
-    launch(weights=weights, host=host, port=port, families=families)
+    launch(weights=weights, host=host, port=port, families=families, names=names or ())
 
 
 def _command() -> str:
@@ -406,8 +412,11 @@ def _open_picture(name: str, file: Path, size: int) -> Image.Image:
         ValueError: if it has another size, or is no picture.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no picture at {file}")
-    picture = Image.open(file).convert("RGB")
+        raise FileNotFoundError(f"--{name}: no picture at {file}")
+    try:
+        picture = open_picture(file).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{name} {file} cannot be read: {error}") from error
     width, height = picture.size
     if width != height or width % size:
         raise ValueError(

@@ -28,20 +28,28 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.pipeline import SILENT, Options
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import (
+    FORMAT_VERSION,
+    check_format_version,
+    read_json,
+    replace_whole,
+    shortened,
+    write_text_atomically,
+)
 from tokenizers_vq.images import to_images
 from unicfg.evaluation.provenance import settings_of, versions
-from unicfg.evaluation.results import scale_text
+from unicfg.evaluation.results import finite_number, scale_text
 from unicfg.guidance import Guidance
 from unicfg.processes import join_processes
 
 BATCH = 64  # images drawn at once
+MOST_SETTINGS_BYTES = 1 << 28  # millions of prompts
 SETTINGS, METADATA = "settings.json", "metadata.jsonl"
 # the last chunk of every PNG file: its length, its name, its checksum
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # what may differ where images are added to a folder; all else is what they were made with
 GROWING = {"prompts": list, "scales": list, "n": int, "guidance": dict, "commands": list}
-OF_THE_RUN = ("machine",)
+OF_THE_RUN = ("format_version", "machine")
 TOLD = 4  # differences that an error names before it only counts
 T = TypeVar("T")
 
@@ -96,8 +104,9 @@ def draw_folder(
         4000
     """
     state, out = join_processes(), Path(out)
+    scales = sorted(map(float, scales))
     _check(prompts, n, seed, scales)
-    ways = {scale: guidance(scale) for scale in sorted(map(float, scales))}
+    ways = {scale: guidance(scale) for scale in scales}
     settings = _settings(pipe, prompts, ways, n, seed, branches or {}, options, command, state)
     if state.device.type == "cuda":
         pipe.to(state.device)
@@ -106,7 +115,13 @@ def draw_folder(
         """The number of every prompt, and how many images are missing in each batch that lacks some."""
         both = _fitting(out, settings)
         _sweep(out)
-        write_text_atomically(json.dumps(both, indent=1) + "\n", out / SETTINGS)
+        text = json.dumps(both, indent=1) + "\n"
+        if len(text) > MOST_SETTINGS_BYTES:  # the text is ASCII
+            raise ValueError(
+                f"prompts are {len(both['prompts'])}, of {len(text)} bytes in {SETTINGS}, expected at most "
+                f"{MOST_SETTINGS_BYTES}: draw them into several folders"
+            )
+        write_text_atomically(text, out / SETTINGS)
         numbers = {text: number for number, text in enumerate(both["prompts"])}
         numbers = {text: numbers[text] for text in sorted(prompts, key=numbers.__getitem__)}
         missing = {
@@ -138,12 +153,9 @@ def draw_folder(
                 batch_size=BATCH,
                 **options,
             ).cpu()
-            if not bool(images.isfinite().all()):
-                raise FloatingPointError(f"images at the scale {batch[0].scale:g} are not finite")
             for own, image in zip(batch, to_images(images), strict=True):
                 if not is_whole(out / own.file):
-                    with _whole(out / own.file) as beside:
-                        image.save(beside, "PNG")
+                    _save(image, out / own.file)
             bar.update(ours[index])
     return _of_the_first(state, lambda: _write_metadata(out, pipe.family, grid))
 
@@ -223,27 +235,29 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-@contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """A file to write that then takes its place whole, or not at all.
+def _save(image: Image.Image, file: Path) -> None:
+    """Write an image as PNG, whole or not at all.
 
     It is not forced to the disk, which would take longer than to draw a small image: what a power cut leaves of it is
     seen by :func:`is_whole`.
+    """
+    with _can_go_on():
+        replace_whole(file, lambda beside: image.save(beside, "PNG"), to_disk=False)
+
+
+@contextmanager
+def _can_go_on() -> Iterator[None]:
+    """Say what it means that a file cannot be written.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if so.
     """
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, file)
+        yield
     except OSError as error:
         raise OSError(
-            f"could not write {file}: {error}; what is finished stays, and the same run again goes on from there"
+            f"{error}; what is finished stays, and the same run again goes on from there"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _sweep(out: Path) -> None:
@@ -295,21 +309,25 @@ def _write_metadata(out: Path, family: str, asked: _Grid) -> int:
     held = _read_settings(out / SETTINGS)
     numbers = {text: number for number, text in enumerate(held["prompts"])}
     count = 0
-    with _whole(out / METADATA) as beside, open(beside, "w", encoding="utf-8") as file:
-        for own in _Grid(numbers, tuple(held["scales"]), held["seed"], held["n"]):
-            if not is_whole(out / own.file):
-                if own in asked:
-                    raise OSError(f"{own.file} is gone since it was drawn")
-                continue
-            line = {"file_name": own.file, "text": own.text, "family": family}
-            file.write(json.dumps(line | {"scale": own.scale, "seed": own.seed}) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
+
+    def write(beside: Path) -> None:
+        nonlocal count
+        with open(beside, "w", encoding="utf-8") as file:
+            for own in _Grid(numbers, tuple(held["scales"]), held["seed"], held["n"]):
+                if not is_whole(out / own.file):
+                    if own in asked:
+                        raise OSError(f"{own.file} is gone since it was drawn")
+                    continue
+                line = {"file_name": own.file, "text": own.text, "family": family}
+                file.write(json.dumps(line | {"scale": own.scale, "seed": own.seed}) + "\n")
+                count += 1
+
+    with _can_go_on():
+        replace_whole(out / METADATA, write)
     return count
 
 
-def _check(prompts: Sequence[str], n: int, seed: int, scales: Sequence[float]) -> None:
+def _check(prompts: Sequence[Any], n: Any, seed: Any, scales: Sequence[Any]) -> None:
     """Refuse what makes no grid.
 
     Raises:
@@ -322,12 +340,16 @@ def _check(prompts: Sequence[str], n: int, seed: int, scales: Sequence[float]) -
             raise ValueError(f"{name} is empty, expected at least one")
         seen: set[Any] = set()
         for value in values:
+            if name == "scales":
+                finite_number(value, "one of scales")
+            elif not isinstance(value, str):
+                raise ValueError(f"prompts holds {value!r:.100}, expected texts")
             if value in seen:
-                raise ValueError(f"{name} holds {value!r} twice, expected each once")
+                raise ValueError(f"{name} holds {value!r:.100} twice, expected each once")
             seen.add(value)
     for name, value, least, most in (("n", n, 1, 2**62), ("seed", seed, -(2**62), 2**62)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} is {value!r}, expected an int from {least} to {most}")
+            raise ValueError(f"{name} is {value!r:.100}, expected an int from {least} to {most}")
 
 
 def _settings(
@@ -350,6 +372,7 @@ def _settings(
     own = settings_of(pipe)
     device = own.pop("device")
     settings = {
+        "format_version": FORMAT_VERSION,
         "family": pipe.family,
         "seed": seed,
         "branches": dict(branches),
@@ -394,15 +417,27 @@ def _read_settings(file: Path) -> dict[str, Any]:
     """What ``settings.json`` holds.
 
     Raises:
-        ValueError: if it is another file of this name.
+        OSError: if it cannot be read.
+        ValueError: if it is another file of this name, is damaged, or was written by another release.
     """
     try:
-        held = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        held = None
-    if isinstance(held, dict) and all(isinstance(held.get(k), t) for k, t in GROWING.items()):
-        return held
-    raise ValueError(f"{file} is not the settings of drawn images: expected another folder")
+        held = read_json(file, MOST_SETTINGS_BYTES)
+        check_format_version(held)
+        for name, kind in GROWING.items():
+            if not isinstance(held.get(name), kind):
+                raise ValueError(f"{name} is {held.get(name)!r:.100}, expected a {kind.__name__}")
+        for name, texts in (
+            ("guidance", held["guidance"].values()),
+            ("commands", held["commands"]),
+        ):
+            if not all(isinstance(own, str) for own in texts):
+                raise ValueError(f"{name} is {held[name]!r:.100}, expected texts in it")
+        _check(held["prompts"], held["n"], held.get("seed"), held["scales"])
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not the settings of drawn images ({shortened(error)}): expected another folder"
+        ) from error
+    return held
 
 
 def _fitting(out: Path, new: dict[str, Any]) -> dict[str, Any]:
@@ -440,7 +475,7 @@ def _fitting(out: Path, new: dict[str, Any]) -> dict[str, Any]:
     if not any(out.glob("s*/*.png")):  # a run that was refused by the sampler, say
         return new
     shown = [
-        f"{name} ({_short(before.get(name))} there, {_short(now.get(name))} here)"
+        f"{name:.80} ({_short(before.get(name))} there, {_short(now.get(name))} here)"
         for name in differ[:TOLD]
     ]
     more = f" and {len(differ) - TOLD} more" if len(differ) > TOLD else ""

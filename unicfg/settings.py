@@ -9,20 +9,24 @@ from typing import Any, TypeVar
 import dacite
 import yaml
 
-from tokenizers_vq.hub import read_bounded, shortened
+from tokenizers_vq.files import read_bounded, shortened
 
 T = TypeVar("T")
 
-MOST_BYTES, MOST_VALUES, DEEPEST = (
-    1 << 17,
-    20_000,
-    20,
-)  # far beyond what a person writes, and read in seconds
-LARGEST = 1 << 53  # up to here each whole number is a float
+# far beyond what a person writes, and read in seconds
+MOST_YAML_BYTES = 1 << 17
+MOST_VALUES = 20_000
+DEEPEST_YAML = 20
+# up to here each whole number is a float
+LARGEST = 1 << 53
+# of YAML's own values
+TAGS = [
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")
+]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: no tags, no key twice, and no aliases that stand for more than fits into memory."""
+    """Plain values only: no key twice, and no aliases or merges that stand for more than fits into memory."""
 
     depth = 0
 
@@ -33,10 +37,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         alias = isinstance(event, yaml.AliasEvent)
-        if not alias and event.tag is not None:
-            raise _refused(f"found the tag {event.tag!r}, expected none", event)
-        if self.depth >= DEEPEST:
-            raise _refused(f"it is nested more than {DEEPEST} deep", event)
+        if not alias and event.tag not in (None, "!", *TAGS):
+            raise _refused(f"found the tag {event.tag!r}, expected none or one of {TAGS}", event)
+        if self.depth >= DEEPEST_YAML:
+            raise _refused(f"it is nested more than {DEEPEST_YAML} deep", event)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -50,14 +54,21 @@ class _Loader(yaml.SafeLoader):
         elif isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and (key.value in seen or key.value == "<<"):
-                    raise _refused(f"found the key {key.value!r} twice, or one that merges", key)
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise _refused(f"found the key {key.value!r:.100} twice", key)
                 seen.add(str(key.value))
-                parts += (key, value)
+                parts += (key, value)  # the value of a merging key <<: all that it brings
         self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
         if self.sizes[id(node)] > MOST_VALUES:
             raise _refused(f"it holds more than {MOST_VALUES} values, aliases counted", event)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, OverflowError) as error:  # numbers and dates that are none
+            found = f"{node.value!r:.100} does not suit the tag {node.tag!r}"
+            raise _refused(f"{found}: {error}", node) from error
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number: int = super().construct_yaml_int(node)
@@ -84,14 +95,15 @@ def read_mapping(file: Path | str, what: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if it cannot be read.
-        ValueError: if it is no YAML, or no mapping; has tags or a key twice; or is too deep or too long, aliases counted.
+        ValueError: if it is no YAML, or no mapping; has a tag that is none of YAML's own or a key twice; or is too deep or too
+            long, with aliases and merges counted.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no {what} at {file}, expected a YAML file")
-    content = read_bounded(Path(file), MOST_BYTES)
+    content = read_bounded(Path(file), MOST_YAML_BYTES)
     try:
         values = yaml.load(content.decode("utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers and dates that are none
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{file} is no YAML: {shortened(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}, expected a mapping of sections")
@@ -112,16 +124,20 @@ def build(section: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return dacite.from_dict(
             section,
-            _typed(values, section, where),
+            _typed(values, section),
             dacite.Config(strict=True),
         )
     except (dacite.DaciteError, ValueError, TypeError) as error:
-        text = shortened(error)
-        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
+        raise ValueError(f"{where}: {shortened(error)}") from error
 
 
-def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, Any]:
+def _typed(values: dict[str, Any], section: type[Any], within: str = "") -> dict[str, Any]:
     """The values with lists as tuples and whole numbers as floats where the section wants these.
+
+    Args:
+        values: by field.
+        section: the dataclass.
+        within: sections that it is in, as "model: training: ", for errors.
 
     Raises:
         ValueError: if a key is unknown, a list is no list, or a number no number.
@@ -130,28 +146,28 @@ def _typed(values: dict[str, Any], section: type[Any], where: str) -> dict[str, 
     typed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r:.100}, expected one of {sorted(known)}")
+            raise ValueError(f"{within}unknown key {key!r:.100}, expected one of {sorted(known)}")
         kind, factory = str(known[key].type), known[key].default_factory
         if isinstance(factory, type):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a section of keys")
-            value = _typed(value, factory, f"{where}: {key}")
+                raise ValueError(f"{within}{key} is {value!r:.100}, expected a section of keys")
+            value = _typed(value, factory, f"{within}{key}: ")
         elif kind.startswith("tuple"):
             if not isinstance(value, list):
-                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a list")
+                raise ValueError(f"{within}{key} is {value!r:.100}, expected a list")
             if "bool" not in kind and any(isinstance(own, bool) for own in value):
                 raise ValueError(
-                    f"{where}: {key} is {value!r:.100}, expected no true or false in it"
+                    f"{within}{key} is {value!r:.100}, expected no true or false in it"
                 )
             value = tuple(value)
         elif kind.startswith("int") and isinstance(value, bool):
-            raise ValueError(f"{where}: {key} is {value!r}, expected a whole number")
+            raise ValueError(f"{within}{key} is {value!r}, expected a whole number")
         elif kind.startswith("float") and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
-                raise ValueError(f"{where}: {key} is {value!r:.100}, expected a number{hint}")
+                raise ValueError(f"{within}{key} is {value!r:.100}, expected a number{hint}")
             if isinstance(value, int) and abs(value) > LARGEST:
-                raise ValueError(f"{where}: {key} has {value.bit_length()} bits, expected a number")
+                raise ValueError(f"{within}{key} has {value.bit_length()} bits, expected a number")
             value = float(value)
         typed[key] = value
     return typed

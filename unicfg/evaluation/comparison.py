@@ -13,7 +13,7 @@ from PIL import Image
 
 from models import TextToImage
 from models.folders import held_families
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg.evaluation.provenance import settings_of, versions
 from unicfg.evaluation.results import scale_text
 from unicfg.guidance import Guidance

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers_vq.hub import read_bounded
+from tokenizers_vq.files import read_bounded
 
-MOST_BYTES = 1 << 24
+MOST_PROMPTS_BYTES = 1 << 24  # of a file of prompts
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -20,7 +20,9 @@ def read_prompts(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"no prompts at {file}, expected a text file with one a line")
     try:
-        lines = [line.strip() for line in read_bounded(file, MOST_BYTES).decode().splitlines()]
+        lines = [
+            line.strip() for line in read_bounded(file, MOST_PROMPTS_BYTES).decode().splitlines()
+        ]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from None
     lines = [line for line in lines if line]

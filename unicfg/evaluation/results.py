@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tokenizers_vq.hub import FORMAT_VERSION, check_format_version, read_json, shortened
+from tokenizers_vq.files import check_format_version, read_json, shortened
 
 COLUMNS = 16  # images a row in images.png
-MOST_BYTES = 1 << 26  # of a file of a study
-MOST_CELLS = 100_000
+MOST_STUDY_BYTES = 1 << 26  # of a file of a study
+MOST_STUDY_CELLS = 100_000  # of all families together
 Group = Literal["adherence", "diversity", "fidelity", "burn", "strength", "cost"]
 
 
@@ -130,8 +130,8 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: if it is another file of this name, is damaged, or was written by another release.
     """
     try:
-        held = read_json(file, MOST_BYTES)
-        check_format_version(held.get("format_version", FORMAT_VERSION))
+        held = read_json(file, MOST_STUDY_BYTES)
+        check_format_version(held)
         _check_settings(held)
     except ValueError as error:
         raise ValueError(
@@ -155,13 +155,13 @@ def _check_settings(held: Mapping[str, Any]) -> None:
         if not isinstance(family, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", family):
             raise ValueError(f"families holds {family!r:.100}, expected letters and digits")
     for s in held["scales"]:
-        _finite(s, "one of scales")
+        finite_number(s, "one of scales")
     for name, own in held["variants"].items():
         if not isinstance(own, dict):
             raise ValueError(f"the variant {name!r:.100} is {own!r:.100}, expected an object")
     cells = len(held["families"]) * len(held["variants"]) * len(held["scales"])
-    if cells > MOST_CELLS:
-        raise ValueError(f"it has {cells} cells, expected at most {MOST_CELLS}")
+    if cells > MOST_STUDY_CELLS:
+        raise ValueError(f"it has {cells} cells, expected at most {MOST_STUDY_CELLS}")
 
 
 def scale_text(scale: float) -> str:
@@ -222,7 +222,7 @@ class CellResult:
         if not isinstance(failure := held.get("failure"), str | None):
             raise ValueError(f"failure is {failure!r:.100}, expected a str or null")
         return cls(
-            Cell(held["family"], held["variant"], _finite(held.get("s"), "s")),
+            Cell(held["family"], held["variant"], finite_number(held.get("s"), "s")),
             estimates(held.get("measures")),
             held["missing"],
             held["trace"],
@@ -253,14 +253,14 @@ def estimates(held: Any) -> dict[str, Estimate]:
         if not isinstance(own, Mapping) or own.keys() != set(Estimate._fields):
             raise ValueError(f"{name} is {own!r:.100}, expected value, error and n")
         value, error = (
-            math.nan if own[key] is None else _finite(own[key], f"{name}: {key}")
+            math.nan if own[key] is None else finite_number(own[key], f"{name}: {key}")
             for key in ("value", "error")
         )
-        found[name] = Estimate(value, error, int(_finite(own["n"], f"{name}: n")))
+        found[name] = Estimate(value, error, int(finite_number(own["n"], f"{name}: n")))
     return found
 
 
-def _finite(held: Any, where: str) -> float:
+def finite_number(held: Any, where: str) -> float:
     """A finite number.
 
     Raises:
@@ -279,7 +279,7 @@ def read_cell(file: Path) -> CellResult:
         OSError: if it cannot be read.
         ValueError: if it is damaged; names the file.
     """
-    held = read_json(file, MOST_BYTES)
+    held = read_json(file, MOST_STUDY_BYTES)
     try:
         return CellResult.from_json(held)
     except ValueError as error:
@@ -358,7 +358,7 @@ def _references(file: Path) -> dict[str, dict[str, Estimate]]:
     """
     if not file.is_file():
         return {}
-    measures = read_json(file, MOST_BYTES).get("measures")
+    measures = read_json(file, MOST_STUDY_BYTES).get("measures")
     try:
         if not isinstance(measures, dict):
             raise ValueError(f"measures is {measures!r:.100}, expected an object")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import replace_whole, write_text_atomically
 from unicfg.evaluation.report.lookups import scales_of, values
 from unicfg.evaluation.results import CellResult, Results
 
@@ -54,7 +53,7 @@ class Drawing:
             OSError: if they cannot be written; what stood there before is untouched.
         """
         write_text_atomically(csv_text(self.rows), folder / f"{self.name}.csv")
-        _write_bytes_atomically(self.png, folder / f"{self.name}.png")
+        replace_whole(folder / f"{self.name}.png", lambda beside: beside.write_bytes(self.png))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -72,17 +71,6 @@ def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
 
 def _csv_value(value: object) -> object:
     return "" if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_bytes_atomically(held: bytes, file: Path) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(held)
-        os.replace(beside, file)
-    except OSError as error:
-        raise OSError(f"could not write {file}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def figure_png(figure: Figure) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
-from tokenizers_vq.hub import write_text_atomically
+from tokenizers_vq.files import write_text_atomically
 from unicfg.evaluation.report.comparisons import MATCHED, among_captions, equal_strength, summary
 from unicfg.evaluation.report.digest import digest
 from unicfg.evaluation.report.drawing import Drawing, csv_text
