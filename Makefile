@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser test-slow test-lowest test-newest test-others bench clean
+.PHONY: demo docs wheel test test-browser test-slow test-lowest test-newest test-lowest-quick test-newest-quick bench clean
 
 # The constraints pin the tested set.
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ test: .venv/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+# The documentation as a site, in out/site; a link or a heading that is not there is an error.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir out/site
+
 # The report and the page of unicfg demo, in a headless Chromium that is there.
 test-browser: .venv/installed-dev
 	$(BIN)/python -m pytest -m browser
@@ -43,24 +47,43 @@ HOSTS := $(patsubst %,tests/test_%.py,guided_generate janus musicgen vibevoice d
 OTHER_EXTRAS := data,train,eval,captions,demo,diffusers,transformers
 OTHER_TOOLS := kornia pytest pytest-timeout hypothesis
 
-test-lowest:
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[$(OTHER_EXTRAS)]' $(OTHER_TOOLS)
 	.venv-lowest/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	touch $@
+
+test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest $(TESTS)
 
-test-newest:
+# Made anew each time: what is newest changes.
+.PHONY: .venv-newest/installed
+.venv-newest/installed:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[$(OTHER_EXTRAS),int8]' $(OTHER_TOOLS) $(VERSIONS)
 	.venv-newest/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+
+test-newest: .venv-newest/installed
 	.venv-newest/bin/python -m pytest $(TESTS)
 
-# What of them is quick enough for every change: the inner ring with the lowest, the integrations too with the newest.
-test-others:
+# What of them is quick enough for every change: the inner ring, and with the newest the integrations, too.
+test-lowest-quick:
 	$(MAKE) test-lowest TESTS="$(INNER)"
-	rm -rf .venv-lowest
-	$(MAKE) test-newest TESTS="$(INNER) $(HOSTS)"
-	rm -rf .venv-newest
+
+test-newest-quick:
+	.venv-newest/bin/python -m pytest $(INNER) $(HOSTS)
+
+# What a release would be: built, checked, and installed where nothing else is, to draw from the weights that it brings.
+wheel:
+	rm -rf dist
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet build twine
+	.venv-wheel/bin/python -m build --outdir dist
+	.venv-wheel/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd .venv-wheel && bin/unicfg generate "a red circle" --weights shapes -n 1 --out $(CURDIR)/out/wheel.png
+	rm -rf .venv-wheel
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/autoregressive.py --rounds 3 --out benchmarks/results
@@ -73,4 +96,4 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-lowest .venv-newest .venv-wheel dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
