@@ -1,5 +1,6 @@
 """Sources of captioned images: every kind gives the same pixels and captions, in shards, whatever the interruptions."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -263,6 +264,9 @@ def test_captions_that_changed_are_another_source(tmp_path):
     folder = write_folder(tmp_path / "data")
     recipe = DataRecipe(source="datasets", format="imagefolder", path=str(folder), image_size=16)
     before = open_source(recipe).made_from
+    moved = folder.rename(tmp_path / "moved")
+    assert open_source(dataclasses.replace(recipe, path=str(moved))).made_from == before
+    folder = moved.rename(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace("red", "tan").replace("small", "large"))
     assert open_source(recipe).made_from != before

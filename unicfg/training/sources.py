@@ -184,10 +184,11 @@ class _Datasets:
                         f"{recipe.path}: no column {key!r}, expected one of {', '.join(columns)}"
                     )
             self.splits[str(name)] = own.cast_column(recipe.image, datasets.Image(decode=False))
-        listing = [f"{file}\0{_length(file)}\0{_text_of(file)}" for file in files]
-        about = [recipe.path, recipe.revision, recipe.format, recipe.image, recipe.caption]
-        about += self.splits
-        self.made_from = _hash(["datasets", str(recipe.image_size), *about, *listing])
+        about = [str(recipe.image_size), recipe.format, recipe.image, recipe.caption, *self.splits]
+        # files may have moved; a repository is known by its name alone
+        about += [f"{own.name}\0{_length(own)}\0{_text_of(own)}" for own in files]
+        about += [] if files else [recipe.path, recipe.revision]
+        self.made_from = _hash(["datasets", *about])
 
     def entries(self) -> Iterator[Entry]:
         for name, own in self.splits.items():
@@ -314,7 +315,7 @@ def _write_round(
     validation: float,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Decode a round, whose first entry has the position ``first``, and write its captions and its two shards, in an order that makes the last one say it is done."""
+    """Decode a round, whose first entry has the position ``first``; write its captions, and then its two shards."""
     pixels: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     captions: dict[str, list[Any]] = {part: [] for part in (*PARTS, "skipped")}
 

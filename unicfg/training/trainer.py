@@ -60,10 +60,8 @@ from unicfg.training.sources import (
 )
 
 SAMPLE_SCALES = (1.0, 3.0)
-BATCH, SHOWN_PIXELS = (
-    64,
-    1 << 24,
-)  # the tokenizer is measured on so many pixels, or on a batch of large images
+# the tokenizer is measured on so many pixels, or on a batch of large images
+BATCH, SHOWN_PIXELS = 64, 1 << 24
 SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
 # may differ when a run is resumed; the data may have moved, its images are in the run
 FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "data/path", "data/workers"}
@@ -118,7 +116,8 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     except FileNotFoundError:
         if made_from is None or not resume:
             raise
-        print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
+        if processes.is_main_process:
+            print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
     _claim_folder(recipe, made_from, out, resume)
     if processes.is_main_process:
         for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
