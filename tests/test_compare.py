@@ -1,6 +1,7 @@
 """The comparison of families: every cell is what the pipeline draws alone, and the report says how."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,3 +153,10 @@ def test_lists_on_the_command_line_end_where_their_values_end():
         *["compare", "--families", "ar", "--families", "flow", "--scales", "1", "--scales", "2"],
         *["a cat", "--seed", "3"],
     ]
+
+
+def test_one_prompt_is_drawn_by_one_process(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("unicfg.cli.join_processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "a red circle", "--out", str(tmp_path / "x.png")])
+    assert stop.value.code == 2 and "a PROMPT with 2 processes" in capsys.readouterr().err

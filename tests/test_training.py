@@ -615,6 +615,28 @@ def test_a_run_is_not_resumed_with_another_recipe(tmp_path, section, change, mes
     assert (out / "recipe.json").read_text() == before
 
 
+def test_a_run_of_an_older_release_resumes_where_new_settings_are_as_usual(tmp_path):
+    """A setting that its files do not know was as it is by default."""
+    out = tmp_path / "run"
+    values = tiny_recipe(out, steps=4)
+    train(load_recipe(write_recipe(tmp_path, values)))
+    file = out / "recipe.json"
+    held = json.loads(file.read_text())
+    del held["data"]["revision"], held["models"]["ar"]["training"]["accumulate"]
+    file.write_text(json.dumps(held))
+    checkpoints = Checkpoints(out / "logs/ar/checkpoints")
+    checkpoints.files()[-1].unlink()
+    step, tensors, settings = checkpoints.load()
+    del settings["accumulate"]
+    checkpoints.save(step, tensors, settings)
+    train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+    assert checkpoints.load()[0] == 4
+    file.write_text(json.dumps(held))
+    values["model"]["training"]["accumulate"] = 2
+    with pytest.raises(ValueError, match="model/training/accumulate was 1, now 2"):
+        train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+
+
 def test_other_data_is_not_resumed_and_a_finished_run_may_be(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run", steps=1)))
     train(recipe)

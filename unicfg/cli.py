@@ -294,6 +294,10 @@ def compare(
         raise ValueError("expected a PROMPT, --data or --study")
     out = out or Path("out/compare.png")
     _is_folder(out)  # or a picture, or refused
+    if join_processes().num_processes > 1:
+        raise ValueError(
+            f"a PROMPT with {join_processes().num_processes} processes: expected one, or --data for a study that they share"
+        )
     weights = weights or "shapes"
     names = families or held_families(weights)
     values = scales or [1.0, 2.0, 4.0, 8.0, 16.0]

@@ -394,10 +394,13 @@ def make_optimizers(module: nn.Module, settings: Optimization) -> list[torch.opt
 
 
 def _check_settings(made_with: dict[str, Any], settings: Optimization, folder: Path) -> None:
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [k for k in now if k not in LOGGING_SETTINGS and now[k] != made_with.get(k)]
+    now, usual = (
+        json.loads(json.dumps(dataclasses.asdict(own))) for own in (settings, Optimization())
+    )
+    was = usual | made_with  # what a later release has added was as it is by default
+    changed = [k for k in now if k not in LOGGING_SETTINGS and now[k] != was[k]]
     if changed:
         raise ValueError(
-            f"cannot resume {folder}: {changed} were {[made_with.get(k) for k in changed]}, "
+            f"cannot resume {folder}: {changed} were {[was[k] for k in changed]}, "
             f"now {[now[k] for k in changed]}; restore the recipe or choose another folder"
         )

@@ -201,10 +201,13 @@ def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> No
     if family in models:
         before |= _flat({"model": models[family]})
         now |= _flat({"model": model})
+    # what a later release has added was as it is by default
+    usual = _flat(json.loads(json.dumps(asdict(Recipe(out="")))))
+    was = {key: before.get(key, usual.get(key)) for key in before.keys() | now.keys()}
     changed = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if not {key, key.split("/")[-1]} & FREE_SETTINGS and before.get(key) != now.get(key)
+        f"{key} was {value!r}, now {now.get(key)!r}"
+        for key, value in sorted(was.items())
+        if not {key, key.split("/")[-1]} & FREE_SETTINGS and value != now.get(key)
     ]
     if held and changed:
         raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
