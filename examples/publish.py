@@ -1,4 +1,4 @@
-r"""Turn a finished run into weights that can be shipped: half precision, the recipe, and a card with numbers.
+r"""Turn a finished run into weights that can be shipped: 8-bit integers, the recipe, and a card with numbers.
 
     python examples/publish.py runs/emoji models/weights/emoji --card examples/recipes/emoji.md \
         --recipe examples/recipes/emoji.yaml
@@ -87,7 +87,7 @@ def main() -> None:
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     for pipe in pipes:
-        pipe.save_pretrained(beside, dtype=torch.float16)
+        pipe.save_pretrained(beside, dtype=torch.int8)
     (beside / "README.md").write_text(card)
     shutil.copy(options.recipe, beside / "recipe.yaml")
     shutil.rmtree(options.out, ignore_errors=True)
@@ -98,7 +98,7 @@ def main() -> None:
         numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
         options.reconstruction.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.reconstruction)
-        print(f"{min(len(held_out), 512)} held-out images, half precision: {numbers}")
+        print(f"{min(len(held_out), 512)} held-out images, as shipped: {numbers}")
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
     print(f"{size / 1e6:.1f} MB in {options.out}")
 

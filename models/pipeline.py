@@ -598,7 +598,8 @@ class TextToImage:
 
         Args:
             folder: made if need be.
-            dtype: of the weights on disk, ``torch.float16`` for half the size; None keeps them as they are.
+            dtype: of the weights on disk, ``torch.float16`` for half the size, ``torch.int8`` for a quarter (matrices as
+                integers with a scale for each row); None keeps them as they are. They are floats again when they are read.
             facts: for a card, ``README.md``; None writes none and leaves alone what is there.
 
         Raises:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokenizers_vq.int8 import SCALE, from_int8, scale_shape
+
 # written into every configuration; a reader refuses what it does not know
 FORMAT_VERSION = 1
 # of files that state none
@@ -285,7 +287,8 @@ def load_tensors(file: Path, expected: Mapping[str, Tensor], owner: str) -> dict
     """The tensors of a safetensors file that holds just what is expected.
 
     Names, shapes and dtypes are compared before anything is read. Half precision and float32 are taken for any floating
-    point; float64, which is exact in nothing else, and integers are taken for themselves. Numbers that are not finite are taken: samplers refuse what comes of them.
+    point, and so are 8-bit integers with a scale for each row; float64, which is exact in nothing else, and other
+    integers are taken for themselves. Numbers that are not finite are taken: samplers refuse what comes of them.
 
     Args:
         file: to read.
@@ -297,15 +300,45 @@ def load_tensors(file: Path, expected: Mapping[str, Tensor], owner: str) -> dict
         ValueError: if it is damaged, or if names, shapes or dtypes differ.
     """
 
-    def check(stored: Mapping[str, Stored]) -> None:
-        _check_fits(stored, expected, file, owner)
+    scaled: set[str] = set()
 
-    return read_tensors(file, check)[0]
+    def check(stored: Mapping[str, Stored]) -> None:
+        scaled.update(_scaled(stored, expected))
+        _check_fits(stored, expected, scaled, file, owner)
+
+    return from_int8(read_tensors(file, check)[0], scaled)
+
+
+def _scaled(stored: Mapping[str, Stored], expected: Mapping[str, Tensor]) -> set[str]:
+    """Names of the weights that are stored as integers with a scale."""
+    return {
+        name
+        for name, wanted in expected.items()
+        if wanted.is_floating_point()
+        and name in stored
+        and stored[name].dtype == "I8"
+        and stored[name].shape
+        and name + SCALE in stored
+        and name + SCALE not in expected
+    }
 
 
 def _check_fits(
-    stored: Mapping[str, Stored], expected: Mapping[str, Tensor], file: Path, owner: str
+    stored: Mapping[str, Stored],
+    expected: Mapping[str, Tensor],
+    scaled: set[str],
+    file: Path,
+    owner: str,
 ) -> None:
+    for name in scaled:
+        shape, dtype = stored[name + SCALE]
+        if dtype != "F32" or shape != scale_shape(stored[name].shape):
+            raise ValueError(
+                f"{file}: {name}{SCALE} is {dtype} of shape {shape}, expected F32 of shape "
+                f"{scale_shape(stored[name].shape)}"
+            )
+    scales = {name + SCALE for name in scaled}
+    stored = {name: own for name, own in stored.items() if name not in scales}
     missing = sorted(expected.keys() - stored.keys())
     unexpected = sorted(stored.keys() - expected.keys())
     if missing or unexpected:
@@ -322,6 +355,8 @@ def _check_fits(
         kinds = {kind for kind, own in DTYPES.items() if own == wanted.dtype}
         if wanted.is_floating_point():
             kinds |= FLOATS
+        if name in scaled:
+            kinds.add("I8")
         if dtype not in kinds:
             raise ValueError(
                 f"{file}: {name} is {dtype}, {owner} expects {' or '.join(sorted(kinds))}: "

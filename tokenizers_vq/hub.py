@@ -24,6 +24,7 @@ from tokenizers_vq.files import (
     write_atomically,
     write_text_atomically,
 )
+from tokenizers_vq.int8 import to_int8
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -168,7 +169,8 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> Non
     Args:
         model: a module with a dataclass ``config``.
         folder: made if need be.
-        dtype: of the floating-point weights on disk; None keeps them as they are.
+        dtype: of the floating-point weights on disk; None keeps them as they are, ``torch.int8`` stores matrices as
+            integers with a scale for each row.
 
     Raises:
         OSError: if it cannot be written.
@@ -180,7 +182,9 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> Non
                 f"{name} is a {type(parameter).__name__}, which is not saved: expected the model before quantize()"
             )
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    if dtype is not None:
+    if dtype == torch.int8:
+        state = to_int8(state)
+    elif dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     read_back = [DTYPES[kind] for kind in sorted(FLOATS)]
     for name, tensor in state.items():

@@ -33,13 +33,18 @@ def structural_dissimilarity(output: Tensor, target: Tensor, window: int = 7) ->
         target + 1,
     )  # the index is made for intensities that are not negative
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    mean_x, mean_y = F.avg_pool2d(output, window, 1), F.avg_pool2d(target, window, 1)
-    var_x = F.avg_pool2d(output.square(), window, 1) - mean_x.square()
-    var_y = F.avg_pool2d(target.square(), window, 1) - mean_y.square()
-    cov = F.avg_pool2d(output * target, window, 1) - mean_x * mean_y
+    mean_x, mean_y = _mean(output, window), _mean(target, window)
+    var_x = _mean(output.square(), window) - mean_x.square()
+    var_y = _mean(target.square(), window) - mean_y.square()
+    cov = _mean(output * target, window) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * cov + c2) / (var_x + var_y + c2)
     return 1 - (luminance * structure).mean()
+
+
+def _mean(x: Tensor, window: int) -> Tensor:
+    """Means over windows of so many pixels a side; by rows and then by columns, which are far fewer sums."""
+    return F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1), (1, window), 1)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, scales: int = 3) -> Tensor:
@@ -48,7 +53,8 @@ def reconstruction_loss(output: Tensor, target: Tensor, scales: int = 3) -> Tens
     L1 alone settles on the median, which is blurred; the gradient and SSIM terms price lost edges, and the
     pyramid keeps large areas at the right colour.
     """
-    output = output.float()  # the variances of SSIM are small differences, which bfloat16 loses
+    # the variances of SSIM are small differences, which bfloat16 loses; means are dear where channels come last
+    output, target = output.float().contiguous(), target.contiguous()
     pairs = list(zip(_pyramid(output, scales), _pyramid(target, scales), strict=True))
     loss = torch.stack([F.l1_loss(o, t) for o, t in pairs]).mean()
     for o, t in zip(_gradients(output), _gradients(target), strict=True):

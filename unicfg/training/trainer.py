@@ -311,7 +311,8 @@ class _TokenizerLoss(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, recipe: TokenizerRecipe) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        # the layout in which a CPU's convolutions are fastest
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
         self.adversarial = AdversarialLoss(recipe.adversarial) if recipe.adversarial else None
         self.adversarial_from = recipe.training.steps // 2
         self.flip = recipe.flip
