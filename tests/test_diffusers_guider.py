@@ -54,7 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
 ]
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples/diffusers_pipeline.py"))
+EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples/6_diffusers_pipeline.py"))
 STEPS = 5
 BATCH = 2
 
@@ -895,7 +895,7 @@ def test_half_precision():
 
 
 def test_the_example_draws_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["diffusers_pipeline.py", "--out", str(tmp_path / "a.png")])
+    monkeypatch.setattr("sys.argv", ["6_diffusers_pipeline.py", "--out", str(tmp_path / "a.png")])
     EXAMPLE["main"]()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "18 rows, 22 without the interval" in capsys.readouterr().out

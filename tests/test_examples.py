@@ -1,13 +1,89 @@
-"""The examples of models that are not ours: guided in few lines, and guidance does what it says."""
+"""The numbered examples: each runs as its command does, in a small size, and shows what it says."""
 
+import re
 import runpy
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image
 
+from models import TextToImage
 from unicfg import Guidance
 
-FILE = Path(__file__).parent.parent / "examples" / "own_hybrid.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FILE = EXAMPLES / "7_hybrid.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as a command and returns what it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def size(file):
+    with Image.open(file) as picture:
+        return picture.size
+
+
+def test_they_are_numbered_without_gaps_and_the_readme_names_each():
+    files = {file.name for file in EXAMPLES.glob("[0-9]*.py")}
+    assert sorted(int(name.split("_")[0]) for name in files) == [*range(1, len(files) + 1)]
+    table = (EXAMPLES / "README.md").read_text()
+    assert set(re.findall(r"\]\((\d+_\w+\.py)\)", table)) == files
+
+
+def test_a_folder_of_images_becomes_a_model_and_a_second_run_does_not_train_again(run, tmp_path):
+    prompts = ["a happy red face", "a sad blue face with a hat"]
+    command = ["--out", tmp_path, "--steps", 4, "--count", 60, "--prompts", *prompts]
+    first = run("2_train_on_a_folder.py", *command)
+    assert "goes on" not in first
+    picture, log = tmp_path / "samples.png", tmp_path / "run/logs/flow/metrics.jsonl"
+    before = picture.read_bytes(), log.read_text()
+    width, height = size(picture)
+    assert width > 9 * 96 and 2 * 96 < height < 3 * 96  # three scales, three seeds, two prompts
+    assert TextToImage.from_pretrained(tmp_path / "run", "flow").text.length == 12
+    for more in ([], ["--images", tmp_path / "faces"]):  # drawn again, and taken for a user's own
+        assert "flow goes on from step 4" in run("2_train_on_a_folder.py", *command, *more)
+        assert (picture.read_bytes(), log.read_text()) == before
+
+
+def test_families_are_compared_on_equal_prompts(run, tmp_path):
+    """Both draw far more of the prompts at 1 and at 2 than without them."""
+    command = ["--families", "ar", "flow", "--scales", 0, 1, 2, "-n", 12, "--out", tmp_path]
+    lines = run("3_compare.py", *command).splitlines()
+    for family, line in zip(("ar", "flow"), lines, strict=False):
+        none, plain, guided = (int(value) for value in re.findall(r": (\d+) \+-", line))
+        assert line.split()[0] == family and none < 50 and plain > none + 20 and guided > 80
+    assert size(tmp_path / "grid.png")[0] > 3 * 128
+    assert size(tmp_path / "plot.png")[0] > 500
+
+
+def test_a_weaker_model_is_weaker_and_guides_away_from_itself(run, tmp_path):
+    out = run("4_weak_model.py", "--scales", 1, 2, "-n", 12, "--out", tmp_path)
+    for part in out.split("alone draws ")[1:]:
+        alone = int(part.split()[0])
+        drawn = re.findall(r"of the prompts drawn: (\d+) \+- \d+ % .*?, (\d+) .*, (.*)\n", part)
+        (plain, same, none), (guided, _, _) = drawn
+        assert alone + 5 < int(plain) < int(guided)
+        assert plain == same and none == "+0 +- 0 (no difference to be told)"
+    width, height = size(tmp_path / "weak_model.png")
+    assert width > 2 * 128 and height > 4 * 128
+
+
+def test_what_is_said_of_a_difference_depends_on_its_error():
+    verdict = runpy.run_path(str(EXAMPLES / "4_weak_model.py"))["verdict"]
+    steady = torch.tensor([0.1, 0.2, 0.1, 0.2])
+    assert verdict(steady).endswith("(better)") and verdict(-steady).endswith("(worse)")
+    assert "no difference" in verdict(torch.tensor([0.9, -0.6, 0.4, -0.5]))
 
 
 def test_it_takes_fewer_than_40_lines_and_nothing_of_the_models():
@@ -36,7 +112,7 @@ def test_guidance_makes_words_and_pictures_right():
 
 
 def test_a_gpt2_believes_what_it_reads_the_more_the_higher_the_scale(tmp_path):
-    example = runpy.run_path(str(FILE.with_name("context_aware.py")))
+    example = runpy.run_path(str(EXAMPLES / "5_language_model.py"))
     model = example["train"](120)
     scales = [0.0, 1.0, 2.0]
     shares = example["believes"](model, scales, 200)

@@ -586,7 +586,7 @@ def test_the_page_runs():
 
 def test_the_example_follows_its_prompts_more_at_a_larger_scale(tmp_path):
     """At s = 0 by chance, at 1 weakly, at 4 mostly: words and pictures, from one call a step."""
-    file = ROOT / "examples" / "text_and_image.py"
+    file = ROOT / "examples" / "8_text_and_image.py"
     example = runpy.run_path(str(file))
     assert "from models" not in file.read_text()
     model = example["train"](150, seed=0)

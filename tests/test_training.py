@@ -549,6 +549,20 @@ def test_a_family_does_not_join_a_run_with_another_tokenizer(tmp_path):
         train(load_recipe(write_recipe(tmp_path, values), "flow"))
 
 
+def test_a_run_that_ends_before_the_model_leaves_its_settings_open(tmp_path):
+    values = tiny_recipe(tmp_path / "run", steps=1)
+    train(load_recipe(write_recipe(tmp_path, values)), until="tokenizer")
+    values["model"]["width"] = 64
+    recipe = load_recipe(write_recipe(tmp_path, values))
+    with pytest.raises(ValueError, match="holds a run that ended before its model already: resume"):
+        train(recipe)
+    pipe = train(recipe, resume=True)
+    assert pipe.network.config.width == 64
+    values["model"]["width"] = 32
+    with pytest.raises(ValueError, match="model/width was 64, now 32"):
+        train(load_recipe(write_recipe(tmp_path, values)), resume=True, until="tokenizer")
+
+
 def test_what_a_family_has_of_its_own_replaces_the_shared_settings(tmp_path):
     values = tiny_recipe(tmp_path / "run")
     values["families"] = {"flow": {"patch": 2, "training": {"batch_size": 3}}, "masked": {}}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unicfg import Guidance
 
-FILE = Path(__file__).parent.parent / "examples" / "two_worlds.py"
+FILE = Path(__file__).parent.parent / "examples" / "1_two_worlds.py"
 
 
 @pytest.fixture(autouse=True, scope="module")

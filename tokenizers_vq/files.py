@@ -299,7 +299,6 @@ def load_tensors(file: Path, expected: Mapping[str, Tensor], owner: str) -> dict
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or if names, shapes or dtypes differ.
     """
-
     scaled: set[str] = set()
 
     def check(stored: Mapping[str, Stored]) -> None:

@@ -118,7 +118,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
             raise
         if processes.is_main_process:
             print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
-    _claim_folder(recipe, made_from, out, resume)
+    _claim_folder(recipe, made_from, out, resume, with_model=until == "model")
     if processes.is_main_process:
         for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
             leftover.unlink()
@@ -183,20 +183,22 @@ def _text(recipe: TextRecipe, images: Path) -> PromptEncoder:
     return ClassLabels(sorted(names))
 
 
-def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> None:
+def _claim_folder(
+    recipe: Recipe, made_from: str, out: Path, resume: bool, *, with_model: bool
+) -> None:
     """Write recipe and data hash beside the results; refuse to mix two runs in one folder.
 
-    The families of a folder share data, tokenizer and text, so another family may be added to it at any time.
+    The families of a folder share data, tokenizer and text, so another family may be added to it at any time. A run that
+    ends before the model leaves the model's settings open.
     """
     file = out / "recipe.json"
     settings = json.loads(json.dumps({**asdict(recipe), "data_made_from": made_from}))
     family, model = recipe.model.family, settings.pop("model")
     held = read_json(file) if file.exists() else {"models": {}}
     models = held.pop("models", {})
-    if family in models and not resume:
-        raise ValueError(
-            f"{out} holds a run of the family {family} already: resume it, or choose another folder"
-        )
+    if held and (family in models or not models) and not resume:
+        what = f"a run of the family {family}" if models else "a run that ended before its model"
+        raise ValueError(f"{out} holds {what} already: resume it, or choose another folder")
     before, now = _flat(held), _flat(settings)
     if family in models:
         before |= _flat({"model": models[family]})
@@ -211,7 +213,7 @@ def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> No
     ]
     if held and changed:
         raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
-    settings["models"] = models | {family: model}
+    settings["models"] = models | ({family: model} if with_model else {})
     join_processes().wait_for_everyone()  # all of them have read the file
     if join_processes().is_main_process:
         write_text_atomically(json.dumps(settings, indent=2) + "\n", file)

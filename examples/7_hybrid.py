@@ -1,6 +1,6 @@
 """Guide a model that is not ours: text tokens by logits and image latents by flow, in one transformer.
 
-    python examples/own_hybrid.py --out out/own_hybrid.png
+    python examples/7_hybrid.py --out out/own_hybrid.png
 
 A small model in the manner of Transfusion (Zhou et al., arXiv 2408.11039) learns, from a class, a word of four letters
 and a picture in that word's colour. What it takes to guide both halves stands between the two lines below; nothing of

@@ -1,6 +1,6 @@
 """Context-aware decoding with a GPT-2: how far does it believe what it reads, against what it remembers?
 
-    python examples/context_aware.py --out context-aware.png
+    python examples/5_language_model.py --out context-aware.png
 
 A small GPT-2 learns facts by heart ("what colour is the door?") and to read notes that say otherwise, which it believes
 in six cases of ten. Guided from the bare question to the question with its note, it believes the note ever more (Shi et al.,

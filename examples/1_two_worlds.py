@@ -1,6 +1,6 @@
 """See what guidance does, in both worlds: diffusion on the plane and tokens in words, with everything known exactly.
 
-    python examples/two_worlds.py --out out/two_worlds.png
+    python examples/1_two_worlds.py --out out/two_worlds.png
 
 Row 1 and 2: the target p(x) p(y|x)^s, and what guided sampling draws at s = 0, 1, 3 and 7. They are the same at 0 and
 1 and differ beyond (Bradley and Nakkiran, arXiv 2408.09000): guidance sharpens each step, not the whole sample.

@@ -1,6 +1,6 @@
 """A model of one's own that writes and paints at once, guided by one ``guided_call`` a step.
 
-    python examples/text_and_image.py --out out/text_and_image.png
+    python examples/8_text_and_image.py --out out/text_and_image.png
 
 A small network takes a prompt of one or two words, as embeddings with a mask, the text so far and a noisy picture, and
 returns in one forward the logits of the next word and the velocity of the picture. It learns from data in which a third

@@ -1,7 +1,7 @@
 """A classic pipeline of diffusers with adaptive projected guidance, in the middle of the sampling only.
 
-    python examples/diffusers_pipeline.py --out out/diffusers.png
-    python examples/diffusers_pipeline.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a cat" --scale 10
+    python examples/6_diffusers_pipeline.py --out out/diffusers.png
+    python examples/6_diffusers_pipeline.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a cat" --scale 10
 
 Without ``--model`` a tiny Stable Diffusion with random weights is built here: its picture shows nothing, but it takes
 the same way as a real one, offline and in seconds. Outside of the interval the U-Net runs the rows of the prompt alone,
