@@ -3,8 +3,8 @@ r"""Turn a finished run into weights that can be shipped: 8-bit integers, the re
     python examples/publish.py runs/emoji models/weights/emoji --card examples/recipes/emoji.md \
         --recipe examples/recipes/emoji.yaml
 
-The card begins with the given text (data, licences, limits); the tables of losses and of the tokenizer are read from
-the run's own logs.
+The card begins with the given text (data, licences, limits). The losses in it are read from the run's own logs; the
+tokenizer is measured as it is shipped.
 """
 
 from __future__ import annotations
@@ -32,17 +32,14 @@ def read_log(file: Path, key: str) -> list[dict[str, Any]]:
     return [line for line in lines if key in line]
 
 
-def summary(run: Path) -> str:
-    """What the logs say: parameters, steps, losses, reconstruction."""
-    pipes = {family: TextToImage.from_pretrained(run, family) for family in held_families(run)}
-    tokenizer = read_log(run / "logs/tokenizer/metrics.jsonl", "psnr")[-1]
-    codec = next(iter(pipes.values())).tokenizer
+def summary(run: Path, pipes: list[TextToImage], held_out: int, numbers: dict[str, float]) -> str:
+    """Parameters, what the tokenizer does to held-out images, and the losses in the logs."""
     lines = [
         "## Numbers",
         "",
-        f"Tokenizer: {_millions(codec)} parameters, {tokenizer['step']} steps; on the validation images "
-        f"PSNR {tokenizer['psnr']:.2f} dB, codebook usage {100 * tokenizer['codebook_usage']:.1f} %, perplexity "
-        f"{tokenizer['codebook_perplexity']:.0f}.",
+        f"Tokenizer: {_millions(pipes[0].tokenizer)} parameters; on {held_out} validation images "
+        f"PSNR {numbers['psnr']:.2f} dB, codebook usage {100 * numbers['codebook_usage']:.1f} %, perplexity "
+        f"{numbers['codebook_perplexity']:.0f}.",
         "",
         "Losses of the moving average on validation images: nats a token for ar, nats a masked token for masked, "
         "squared error for the others. Losses of different families cannot be compared.",
@@ -50,11 +47,11 @@ def summary(run: Path) -> str:
         "| family | parameters | step | with caption | null condition |",
         "|---|--:|--:|--:|--:|",
     ]
-    for family, pipe in pipes.items():
-        reports = read_log(run / f"logs/{family}/metrics.jsonl", "validation_loss")
+    for pipe in pipes:
+        reports = read_log(run / f"logs/{pipe.family}/metrics.jsonl", "validation_loss")
         for line in (reports[len(reports) // 2], reports[-1]):
             lines.append(
-                f"| {family} | {_millions(pipe.network)} | {line['step']} "
+                f"| {pipe.family} | {_millions(pipe.network)} | {line['step']} "
                 f"| {line['validation_loss']:.3f} | {line['validation_loss_uncond']:.3f} |"
             )
     return "\n".join(lines) + "\n"
@@ -82,25 +79,26 @@ def main() -> None:
     pipes = [
         TextToImage.from_pretrained(options.run, family) for family in held_families(options.run)
     ]
-    card = options.card.read_text() + "\n" + summary(options.run)
+    card = options.card.read_text()
     load_recipe(options.recipe)  # a recipe that cannot be read is not shipped
+    (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     for pipe in pipes:
         pipe.save_pretrained(beside, dtype=torch.int8)
-    (beside / "README.md").write_text(card)
+    shipped = TextToImage.from_pretrained(beside, pipes[0].family)
+    numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
+    (beside / "README.md").write_text(
+        f"{card}\n{summary(options.run, pipes, len(held_out), numbers)}"
+    )
     shutil.copy(options.recipe, beside / "recipe.yaml")
     shutil.rmtree(options.out, ignore_errors=True)
     beside.rename(options.out)
     if options.reconstruction is not None:
-        (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
-        shipped = TextToImage.from_pretrained(options.out, held_families(options.out)[0])
-        numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
         options.reconstruction.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.reconstruction)
-        print(f"{min(len(held_out), 512)} held-out images, as shipped: {numbers}")
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
-    print(f"{size / 1e6:.1f} MB in {options.out}")
+    print(f"{size / 1e6:.1f} MB in {options.out}; tokenizer on {len(held_out)} images: {numbers}")
 
 
 if __name__ == "__main__":

@@ -563,6 +563,33 @@ def test_a_run_that_ends_before_the_model_leaves_its_settings_open(tmp_path):
         train(load_recipe(write_recipe(tmp_path, values)), resume=True, until="tokenizer")
 
 
+@pytest.mark.parametrize("where", ["pipeline", "tokenizer"])
+def test_a_tokenizer_that_is_there_is_taken_and_not_trained(tmp_path, where):
+    values = tiny_recipe(tmp_path / "first", steps=1)
+    first = train(load_recipe(write_recipe(tmp_path, values)))
+    folder = tmp_path / "first" / ("" if where == "pipeline" else "tokenizer")
+    values |= {"out": str(tmp_path / "second"), "tokenizer": {"pretrained": str(folder)}}
+    second = train(load_recipe(write_recipe(tmp_path, values)))
+    for key, tensor in first.tokenizer.state_dict().items():
+        assert torch.equal(tensor, second.tokenizer.state_dict()[key])
+    assert not (tmp_path / "second/logs/tokenizer").exists()
+    # it belongs to the run, which goes on without the folder that it came from
+    shutil.rmtree(tmp_path / "first")
+    train(load_recipe(write_recipe(tmp_path, values), "flow"))
+    values["data"]["image_size"] = 32
+    with pytest.raises(ValueError, match="image_size is 32, expected 16, which the tokenizer"):
+        train(load_recipe(write_recipe(tmp_path, values)))
+
+
+def test_a_tokenizer_that_is_not_there_is_said_before_any_work(tmp_path):
+    values = tiny_recipe(tmp_path / "run", steps=1) | {"tokenizer": {"pretrained": "shapes"}}
+    with pytest.raises(
+        ValueError, match="image_size is 16, expected 32, which the tokenizer shapes"
+    ):
+        train(load_recipe(write_recipe(tmp_path, values)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_family_has_of_its_own_replaces_the_shared_settings(tmp_path):
     values = tiny_recipe(tmp_path / "run")
     values["families"] = {"flow": {"patch": 2, "training": {"batch_size": 3}}, "masked": {}}

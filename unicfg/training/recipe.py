@@ -111,8 +111,11 @@ class Optimization:
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """The image tokenizer: the fields of ``VQTokenizerConfig``, and how to train it."""
+    """The image tokenizer: the fields of ``VQTokenizerConfig``, and how to train it; or one that is there already."""
 
+    # a name of shipped weights, the folder of a pipeline or of a tokenizer, or a tokenizer's repository on the hub: it is
+    # taken as it is, and the other keys have no meaning
+    pretrained: str = ""
     factor: int = 8
     width: int = 64
     depth: int = 2

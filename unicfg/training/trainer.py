@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from models import ClassLabels, TextToImage, TextTokenizer
+from models.folders import shipped_weights
 from models.labels import PromptEncoder
 from tokenizers_vq import (
     AdversarialLoss,
@@ -107,7 +108,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     processes = join_processes()
     out, images = Path(recipe.out), Path(recipe.out) / "images"
     # all that can be refused is refused before the folder is claimed and the first image read
-    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
+    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size, out)
     _check_model(recipe, tokenizer_config)
     made_from, source = images_made_from(images), None
     try:
@@ -261,12 +262,18 @@ class _Codes(Dataset[tuple[Tensor, ...]]):
 def _train_tokenizer(
     recipe: Recipe, config: VQTokenizerConfig, images: Path, out: Path, resume: bool
 ) -> VQTokenizer:
-    """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
+    """Train the image tokenizer, or load the finished one from ``out/tokenizer``, where one that is taken is kept."""
     processes = join_processes()
     if (out / "tokenizer" / WEIGHTS).exists():
         return VQTokenizer.from_pretrained(out / "tokenizer")
     processes.wait_for_everyone()  # or one could find what another has just written
     settings = recipe.tokenizer
+    if settings.pretrained:
+        tokenizer = _pretrained(settings.pretrained, out)
+        if processes.is_main_process:
+            save_part(tokenizer, out / "tokenizer")
+        processes.wait_for_everyone()
+        return tokenizer
     set_seed(settings.training.seed)
     tokenizer = VQTokenizer(config)
     train_set, val_set = (Shards(images / part, ("images",)) for part in ("train", "validation"))
@@ -301,7 +308,29 @@ def _train_tokenizer(
     return VQTokenizer.from_pretrained(out / "tokenizer")
 
 
-def _tokenizer_config(recipe: TokenizerRecipe, image_size: int) -> VQTokenizerConfig:
+def _pretrained(name: str, out: Path) -> VQTokenizer:
+    """A tokenizer that is there already; the copy that an earlier run has made of it comes first."""
+    shipped = shipped_weights().get(name, Path(name)) / "tokenizer"
+    for folder in (out / "tokenizer", shipped):
+        if (folder / WEIGHTS).exists():
+            return VQTokenizer.from_pretrained(folder)
+    return VQTokenizer.from_pretrained(name)
+
+
+def _tokenizer_config(recipe: TokenizerRecipe, image_size: int, out: Path) -> VQTokenizerConfig:
+    """What the recipe says, or what the tokenizer says that is there already.
+
+    Raises:
+        ValueError: if that one is for images of another size.
+    """
+    if recipe.pretrained:
+        config: VQTokenizerConfig = _pretrained(recipe.pretrained, out).config
+        if config.image_size != image_size:
+            raise ValueError(
+                f"image_size is {image_size}, expected {config.image_size}, which the tokenizer "
+                f"{recipe.pretrained} is for"
+            )
+        return config
     shared = VQTokenizerConfig.__dataclass_fields__.keys() & asdict(recipe).keys()
     return VQTokenizerConfig(
         image_size=image_size, **{name: getattr(recipe, name) for name in shared}
@@ -313,8 +342,8 @@ class _TokenizerLoss(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, recipe: TokenizerRecipe) -> None:
         super().__init__()
-        # the layout in which a CPU's convolutions are fastest
-        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
+        # the layout in which a CPU's convolutions are fastest; torch's annotations do not know of it
+        self.tokenizer: VQTokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.adversarial = AdversarialLoss(recipe.adversarial) if recipe.adversarial else None
         self.adversarial_from = recipe.training.steps // 2
         self.flip = recipe.flip
