@@ -5,7 +5,7 @@
 Each variant differs from the base in one thing: the dropout rate, a null condition that is not learned, the length of the
 text prefix, or the quantizer of the image tokenizer. All train on the same scenes. Finished trainings and measured cells
 are kept in --work, and an interrupted run goes on; --only takes some of the variants, so that several processes can share
-the work. The tables are made from all that is there.
+the work, each variant by one of them at a time. The tables are made from all that is there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from attributes import SCENES_SEED, as_dict, fingerprint, grade, load, measure
+from attributes import SCENES_SEED, as_dict, check_plot, fingerprint, grade, load, measure
 from filelock import FileLock
 from timing import machine
 from torch import nn
@@ -290,13 +290,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the rates (needs matplotlib)")
     options = parser.parse_args()
+    if options.plot is not None:
+        check_plot(options.plot)
+    options.work.mkdir(parents=True, exist_ok=True)
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
     settings = {"n": options.n, "steps": options.steps, "scenes_seed": SCENES_SEED}
     jobs = [(variant, own) for variant in options.only or VARIANTS for own in options.families]
     with tqdm(jobs, desc="training and reading", unit="training") as bar:
         for variant, family in bar:
             bar.set_postfix_str(f"{variant}, {family}")
-            run(variant, family, settings, scenes, options.work)
+            with FileLock(options.work / f".{variant}.lock"):  # its families share a folder
+                run(variant, family, settings, scenes, options.work)
     results = {"settings": settings, "variants": collect(options.work, settings)}
     write_text_atomically(json.dumps(results, indent=1) + "\n", options.out / "ablations.json")
     write_text_atomically(page(results), options.out / "ablations.md")

@@ -28,6 +28,7 @@ from unicfg import Guidance
 from unicfg.evaluation import accuracy, attributes
 from unicfg.evaluation.accuracy import Accuracy, attribute_accuracy, scene_of
 from unicfg.evaluation.attributes import read_scenes
+from unicfg.pictures import check_picture_name
 from unicfg.training.data import ImageSet
 from unicfg.training.shapes import make_shapes
 
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the curves (needs matplotlib)")
     options = parser.parse_args()
+    if options.plot is not None:
+        check_plot(options.plot)
     if len({f"{scale:g}" for scale in options.scales}) != len(options.scales):
         parser.error(f"--scales is {options.scales}, expected none twice")
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
@@ -95,6 +98,18 @@ def fingerprint(pipe: TextToImage) -> str:
     for part in (attributes, accuracy):
         digest.update(inspect.getsource(part).encode())
     return digest.hexdigest()[:16]
+
+
+def check_plot(file: Path) -> None:
+    """Find out before the work whether a picture of its results can be made.
+
+    Raises:
+        ModuleNotFoundError: if there is no matplotlib.
+        ValueError: if the file's suffix is no picture format.
+    """
+    import matplotlib  # noqa: F401
+
+    check_picture_name(file)
 
 
 def measure(pipe: TextToImage, scenes: ImageSet, scale: float) -> Accuracy:

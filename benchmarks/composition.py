@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attributes import BATCH, load
+from attributes import BATCH, check_plot, load
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if len({f"{scale:g}" for scale in options.scales}) != len(options.scales):
         parser.error(f"--scales is {options.scales}, expected none twice")
+    if options.plot is not None:
+        check_plot(options.plot)
     held = held_families(options.weights)
     if options.grid is not None:
         if options.grid_family not in held:
@@ -87,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipes = {family: TextToImage.from_pretrained(options.weights, family) for family in families}
     tokenizer = next(iter(pipes.values())).tokenizer
     data = read_folder(options.data, tokenizer.config.image_size)
+    if not all({"split", "concept", "style"} <= own.keys() for own in data.attributes):
+        parser.error(
+            f"--data is {options.data}, whose metadata lack split, concept or style: expected what "
+            "examples/prepare_emoji.py makes"
+        )
     asked = {split: asked_for(data, split, options.n) for split in SPLITS}
     for split in options.split:
         if len(asked[split]) < LEAST_OF_SHARE:
@@ -271,7 +278,7 @@ def table(cells: Cells, references: dict[str, Any], command: str) -> str:
     lines = [
         "# Composing what was seen apart",
         "",
-        f"Percent of the drawings +- its standard error; `{command}`.",
+        f"Percent of the drawings +- its standard error; `{command}`. The best scale is that of the same drawings.",
     ]
     for split, families in cells.items():
         scales = list(next(iter(families.values())))
@@ -285,9 +292,9 @@ def table(cells: Cells, references: dict[str, Any], command: str) -> str:
         for measure, label in MEASURES.items():
             for family, by_scale in families.items():
                 means = {s: cell[measure]["mean"] for s, cell in by_scale.items()}
-                gain = max(means.values()) - means.get("1", max(means.values()))
+                gain = f"{100 * (max(means.values()) - means['1']):.1f}" if "1" in means else "-"
                 row = " | ".join(shown(cell[measure]) for cell in by_scale.values())
-                lines.append(f"| {label} | {family} | {row} | {100 * gain:.1f} |")
+                lines.append(f"| {label} | {family} | {row} | {gain} |")
         bounds = dict(references[split])
         for family, by_scale in families.items():
             best = max(scales, key=lambda s: by_scale[s]["concept"]["mean"])

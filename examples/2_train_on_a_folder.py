@@ -3,7 +3,7 @@
     python examples/2_train_on_a_folder.py --out out/faces
     python examples/2_train_on_a_folder.py --out out/mine --images FOLDER --prompts "a cat" "a dog"
 
-FOLDER holds pictures and a ``metadata.jsonl``, a line a picture: {"file_name": "0001.png", "text": "a cat"}. Without
+FOLDER holds pictures, which are made 32 pixels wide here, and a ``metadata.jsonl``, a line a picture: {"file_name": "0001.png", "text": "a cat"}. Without
 ``--images`` such a folder is drawn first: simple faces, one caption in four taken from another face, as captions found
 in the wild are. In ``samples.png`` each row is a prompt and each column a seed: at s = 0 the prompt is ignored, at s = 1
 it is followed most of the time, at s = 3 nearly always. A run that was stopped goes on where it was, by the same command.
@@ -117,8 +117,8 @@ def main() -> None:
     run = options.out / "run"
     pipe = train(make_recipe(images, run, options.steps), resume=True)
     assert pipe is not None
-    held_out = dict.fromkeys(next(read_captions(run / "images", "validation")))
-    picture = draw(pipe, options.prompts or [*held_out][:5])
+    held_out = (caption for some in read_captions(run / "images", "validation") for caption in some)
+    picture = draw(pipe, options.prompts or [*dict.fromkeys(held_out)][:5])
     save_picture(picture, options.out / "samples.png")
     print(f"the model is in {run}, what it draws in {options.out / 'samples.png'}")
 

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=32, help="prompts, at least 2")
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     options = parser.parse_args()
+    if options.n < 2:
+        parser.error(f"-n is {options.n}, expected at least 2")
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
     rows, results = [], {}
     for family in options.families:

@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=64, help="prompts, at least 2")
     parser.add_argument("--out", type=Path, default=Path("out/weak_model"))
     options = parser.parse_args()
+    if options.n < 2:
+        parser.error(f"-n is {options.n}, expected at least 2")
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
     rows, labels = [], []
     for family in options.families:

@@ -1,6 +1,6 @@
 """Context-aware decoding with a GPT-2: how far does it believe what it reads, against what it remembers?
 
-    python examples/5_language_model.py --out context-aware.png
+    python examples/5_language_model.py --out out/language_model.png
 
 A small GPT-2 learns facts by heart ("what colour is the door?") and to read notes that say otherwise, which it believes
 in six cases of ten. Guided from the bare question to the question with its note, it believes the note ever more (Shi et al.,
@@ -113,15 +113,15 @@ def main() -> None:
     """Train, ask, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--out", type=Path, help="PNG to write")
+    parser.add_argument("--out", type=Path, default=Path("out/language_model.png"))
     options = parser.parse_args()
     scales = [0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0]
     shares = believes(train(options.steps), scales)
     for s, share in zip(scales, shares, strict=True):
         print(f"s = {s:<4} believes the note in {100 * share:.0f} % of the answers")
-    if options.out is not None:
-        plot(scales, shares, options.out)
-        print(f"wrote {options.out}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    plot(scales, shares, options.out)
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Guide a model that is not ours: text tokens by logits and image latents by flow, in one transformer.
 
-    python examples/7_hybrid.py --out out/own_hybrid.png
+    python examples/7_hybrid.py --out out/hybrid.png
 
 A small model in the manner of Transfusion (Zhou et al., arXiv 2408.11039) learns, from a class, a word of four letters
 and a picture in that word's colour. What it takes to guide both halves stands between the two lines below; nothing of
@@ -136,7 +136,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=Path("out/own_hybrid.png"))
+    parser.add_argument("--out", type=Path, default=Path("out/hybrid.png"))
     options = parser.parse_args()
     torch.manual_seed(0)
     model = train(options.steps, torch.Generator().manual_seed(0))

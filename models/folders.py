@@ -112,6 +112,25 @@ def shipped_weights() -> dict[str, Path]:
     return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{DESCRIPTION}"))}
 
 
+def find_tokenizer(name: Path | str) -> Path:
+    """The folder of an image tokenizer: of a shipped or a local pipeline, one by itself, or one on the hub, in that order.
+
+    Raises:
+        FileNotFoundError: if it is none of these.
+    """
+    folder = shipped_weights().get(str(name), Path(name))
+    for found in (folder / "tokenizer", folder):
+        if (found / WEIGHTS).is_file():
+            return found
+    known = f"expected one of {sorted(shipped_weights())}, the folder of a pipeline or tokenizer, or a hub repository"
+    if folder.exists() or str(name).count("/") != 1:
+        raise FileNotFoundError(f"no tokenizer at {str(name)!r}: {known}")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub client has no common base class for "not to be had"
+        raise FileNotFoundError(f"no tokenizer at {str(name)!r} ({error}): {known}") from error
+
+
 def find_weights(name: Path | str) -> Path:
     """The folder of a pipeline: shipped, local, or downloaded from the hub, in that order.
 

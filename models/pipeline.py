@@ -604,11 +604,13 @@ class TextToImage:
 
         Raises:
             OSError: if it cannot be written.
-            ValueError: if the weights are quantized: keep the pipeline that they were made from.
+            ValueError: if the weights are quantized: keep the pipeline that they were made from. If they do not fit into
+                ``dtype``, or it is another.
         """
         if is_quantized(self.network):
             raise ValueError(
-                "the network's weights are int8, which are not saved: expected the pipeline that quantize() was called on"
+                "the network was quantized, which is not saved: expected the pipeline that quantize() was called on; "
+                "dtype=torch.int8 stores that one in 8 bits"
             )
         folder = Path(folder)
         null = self.model.null_condition

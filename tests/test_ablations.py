@@ -99,7 +99,8 @@ def results_in(folder):
     return json.loads((folder / "out/ablations.json").read_text())
 
 
-def test_each_variant_differs_from_the_base_in_what_it_says(tmp_path):
+def test_each_variant_differs_from_the_base_in_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "RECIPE", Path("examples/recipes/shapes.yaml").resolve())
     assert ablations.VARIANTS.keys() == CHANGES.keys()
     for family in FAMILIES:
         recipes = {name: ablations.recipe_of(name, family, 3000, tmp_path) for name in CHANGES}

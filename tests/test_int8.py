@@ -27,7 +27,7 @@ def test_every_family_draws_with_them(family, tmp_path):
     assert a.shape == b.shape and torch.isfinite(b).all()
     for name, value in pipe.network.state_dict().items():
         assert torch.equal(value, before[name])
-    with pytest.raises(ValueError, match="int8, which are not saved"):
+    with pytest.raises(ValueError, match="was quantized, which is not saved"):
         small.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="which is not saved: expected the model before quantize"):
         small.network.save_pretrained(tmp_path)

@@ -29,6 +29,7 @@ def test_each_weight_is_off_by_half_a_step_of_its_row_at_most(seed, shape, size)
     most = weights.abs().flatten(1).amax(1) / 254
     off = (again - weights).abs().flatten(1).amax(1)
     assert (off <= most * (1 + 1e-4)).all()
+    assert packed["w"].abs().max() <= 127
     # what has been rounded once stays: loading and saving again changes nothing
     assert torch.equal(from_int8(to_int8({"w": again}), {"w"})["w"], again)
 
@@ -48,11 +49,19 @@ def test_small_tensors_and_single_rows_are_halves_and_integers_stay():
 def test_what_cannot_be_stored_is_refused():
     with pytest.raises(ValueError, match="w holds NaN or infinity"):
         to_int8({"w": torch.full((64, 64), torch.inf)})
+    with pytest.raises(ValueError, match="bias holds NaN or infinity"):
+        to_int8({"bias": torch.tensor([0.0, torch.nan])})
+    with pytest.raises(ValueError, match="bias reaches 70000, expected at most 65504"):
+        to_int8({"bias": torch.tensor([0.0, 70000.0])})
+    with pytest.raises(
+        ValueError, match=r"dtype is torch\.uint8, expected None, torch\.int8 or one"
+    ):
+        pipeline().save_pretrained("nowhere", dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"w\.scale is a weight"):
         to_int8({"w": torch.randn(64, 64), "w" + SCALE: torch.ones(1)})
 
 
-def test_a_pipeline_is_a_third_of_its_size_and_draws_nearly_the_same(tmp_path):
+def test_a_pipeline_is_a_quarter_of_its_size_and_draws_nearly_the_same(tmp_path):
     pipe = TextToImage.from_pretrained("shapes", "flow")
     for dtype in (torch.float32, torch.int8):
         pipe.save_pretrained(tmp_path / str(dtype), dtype=dtype)
@@ -60,7 +69,7 @@ def test_a_pipeline_is_a_third_of_its_size_and_draws_nearly_the_same(tmp_path):
         sum(f.stat().st_size for f in (tmp_path / str(d)).rglob("*.safetensors"))
         for d in (torch.float32, torch.int8)
     )
-    assert small < whole / 3
+    assert small < whole / 3.7
     again = TextToImage.from_pretrained(tmp_path / "torch.int8", "flow")
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     options = {"guidance": Guidance(2.0), "seeds": [0, 1]}

@@ -12,7 +12,7 @@ from tokenizers_vq import (
     codebook_statistics,
     reconstruction_loss,
 )
-from tokenizers_vq.losses import structural_dissimilarity
+from tokenizers_vq.losses import _mean, structural_dissimilarity
 from tokenizers_vq.quantizers import FiniteScalarQuantizer, VectorQuantizer
 
 
@@ -144,6 +144,17 @@ def test_losses_order_clean_blurred_and_foreign_images():
     assert 0 < reconstruction_loss(blurred, x) < reconstruction_loss(x.flip(0), x)
     assert float(structural_dissimilarity(x, x)) == pytest.approx(0, abs=1e-5)
     assert structural_dissimilarity(-x, x) > 1.2  # anti-correlated
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_means_by_rows_and_then_by_columns_are_those_of_windows(window):
+    x = torch.randn(2, 3, 16, 12, dtype=torch.float64, requires_grad=True)
+    ours, plain = _mean(x, window), torch.nn.functional.avg_pool2d(x, window, 1)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    weights = torch.randn_like(plain)
+    (of_ours,) = torch.autograd.grad((ours * weights).sum(), x)
+    (of_plain,) = torch.autograd.grad((plain * weights).sum(), x)
+    assert torch.allclose(of_ours, of_plain, atol=1e-12)
 
 
 def test_the_adversarial_loss_has_both_sides():

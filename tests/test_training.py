@@ -75,7 +75,7 @@ def run(file, *options):
 
 
 def test_shipped_recipes_are_valid():
-    for name in ("emoji", "shapes"):
+    for name in ("emoji", "emoji-tokenizer", "shapes"):
         recipe = load_recipe(f"examples/recipes/{name}.yaml")
         assert recipe.model.family == "ar" and recipe.model.condition_dropout == 0.1
 
@@ -513,7 +513,7 @@ def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
     )
     assert len(train_set) // 2 + len(val_set) == 40 and len(train_set) % 2 == 0
     refused = run(file)
-    assert refused.returncode == 2 and "holds a run of the family ar already" in refused.stderr
+    assert refused.returncode == 2 and "already holds a run of the family ar" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -554,7 +554,7 @@ def test_a_run_that_ends_before_the_model_leaves_its_settings_open(tmp_path):
     train(load_recipe(write_recipe(tmp_path, values)), until="tokenizer")
     values["model"]["width"] = 64
     recipe = load_recipe(write_recipe(tmp_path, values))
-    with pytest.raises(ValueError, match="holds a run that ended before its model already: resume"):
+    with pytest.raises(ValueError, match="already holds a run that has no model yet: resume"):
         train(recipe)
     pipe = train(recipe, resume=True)
     assert pipe.network.config.width == 64
@@ -577,15 +577,34 @@ def test_a_tokenizer_that_is_there_is_taken_and_not_trained(tmp_path, where):
     shutil.rmtree(tmp_path / "first")
     train(load_recipe(write_recipe(tmp_path, values), "flow"))
     values["data"]["image_size"] = 32
-    with pytest.raises(ValueError, match="image_size is 32, expected 16, which the tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"image_size is 32, expected 16, which the tokenizer in .*second"
+    ):
         train(load_recipe(write_recipe(tmp_path, values)))
 
 
-def test_a_tokenizer_that_is_not_there_is_said_before_any_work(tmp_path):
-    values = tiny_recipe(tmp_path / "run", steps=1) | {"tokenizer": {"pretrained": "shapes"}}
-    with pytest.raises(
-        ValueError, match="image_size is 16, expected 32, which the tokenizer shapes"
-    ):
+@pytest.mark.parametrize(
+    ("tokenizer", "error", "match"),
+    [
+        (
+            {"pretrained": "shapes"},
+            ValueError,
+            "image_size is 16, expected 32, which the tokenizer in",
+        ),
+        ({"pretrained": "shape"}, FileNotFoundError, "no tokenizer at 'shape': expected one of"),
+        ({"pretrained": "a/b/c"}, FileNotFoundError, "no tokenizer at 'a/b/c'"),
+        (
+            {"pretrained": "shapes", "width": 32, "training": {"steps": 2}},
+            ValueError,
+            "pretrained is 'shapes' beside width, training, expected it alone",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_taken_is_said_before_any_work(
+    tmp_path, tokenizer, error, match
+):
+    values = tiny_recipe(tmp_path / "run", steps=1) | {"tokenizer": tokenizer}
+    with pytest.raises(error, match=match):
         train(load_recipe(write_recipe(tmp_path, values)))
     assert not (tmp_path / "run").exists()
 

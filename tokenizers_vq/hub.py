@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def load_weights(model: nn.Module, file: Path) -> None:
     """Copy the tensors of a safetensors ``file`` into ``model``; every key must match.
 
-    Half-precision files load into float32 models: the copy converts.
+    Files in half precision or of 8-bit integers load into float32 models: the copy converts.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -174,19 +174,22 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype | None = None) -> Non
 
     Raises:
         OSError: if it cannot be written.
-        ValueError: if weights are no plain tensors, as quantized ones are, or of a dtype that is not read back.
+        ValueError: if weights are no plain tensors, as quantized ones are, do not fit into ``dtype``, or are of a dtype that
+            is not read back.
     """
     for name, parameter in model.named_parameters():
         if is_traceable_wrapper_subclass(parameter):
             raise ValueError(
                 f"{name} is a {type(parameter).__name__}, which is not saved: expected the model before quantize()"
             )
+    read_back = [DTYPES[kind] for kind in sorted(FLOATS)]
+    if dtype not in (None, torch.int8, *read_back):
+        raise ValueError(f"dtype is {dtype}, expected None, torch.int8 or one of {read_back}")
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if dtype == torch.int8:
         state = to_int8(state)
     elif dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    read_back = [DTYPES[kind] for kind in sorted(FLOATS)]
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.dtype not in read_back:
             raise ValueError(

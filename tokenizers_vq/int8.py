@@ -22,25 +22,31 @@ def to_int8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: of a model.
 
     Raises:
-        ValueError: if a weight is not finite, or the name of a scale is taken.
+        ValueError: if a weight is not finite, or too large for half precision, or the name of a scale is taken.
     """
     packed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             packed[name] = tensor
-        elif tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() < SMALLEST:
+            continue
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinity, expected finite weights to store as int8"
+            )
+        if tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() < SMALLEST:
             packed[name] = tensor.half()
-        else:
-            if not tensor.isfinite().all():
+            if not packed[name].isfinite().all():
                 raise ValueError(
-                    f"{name} holds NaN or infinity, expected finite weights to store as int8"
+                    f"{name} reaches {float(tensor.abs().max()):g}, expected at most 65504, the end of half precision"
                 )
+        else:
             if name + SCALE in state:
                 raise ValueError(f"{name}{SCALE} is a weight, expected the name to be free")
             scale = _rowwise_largest(tensor.float()) / LARGEST
             # a row of zeros stays one
             rounded = (tensor.float() / scale.where(scale > 0, 1.0)).round()
-            packed[name] = rounded.to(torch.int8)
+            # where a scale is so small that it has lost digits, the ratio may come out larger
+            packed[name] = rounded.clamp(-LARGEST, LARGEST).to(torch.int8)
             packed[name + SCALE] = scale
     return packed
 

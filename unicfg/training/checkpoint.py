@@ -82,7 +82,12 @@ def restore_training_state(
         for key, tensor in _under(tensors, f"optimizer {which}/").items():
             index, name = key.split("/")
             of = parameters[int(index)]
-            shared = _shared_out(tensor, of) if tensor.shape == of.shape else tensor
+            shared = tensor
+            if tensor.shape == of.shape:
+                shared = _shared_out(tensor, of)
+                if of.ndim == 4 and not of.is_contiguous():
+                    # channels last, as the parameter is, and as it was before the run was stopped
+                    shared = shared.contiguous(memory_format=torch.channels_last)
             state.setdefault(int(index), {})[name] = shared
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -6,7 +6,7 @@ Every section is a dataclass and its fields are the keys; a key that is none of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -114,7 +114,7 @@ class TokenizerRecipe:
     """The image tokenizer: the fields of ``VQTokenizerConfig``, and how to train it; or one that is there already."""
 
     # a name of shipped weights, the folder of a pipeline or of a tokenizer, or a tokenizer's repository on the hub: it is
-    # taken as it is, and the other keys have no meaning
+    # taken as it is, and the other keys are left alone
     pretrained: str = ""
     factor: int = 8
     width: int = 64
@@ -126,6 +126,22 @@ class TokenizerRecipe:
     adversarial: float = 0.0  # weight of the PatchGAN loss, from half of the steps on; 0 is off
     flip: bool = True  # mirror half of the images, at random; the tokenizer sees no captions
     training: Optimization = field(default_factory=Optimization)
+
+    def __post_init__(self) -> None:
+        """Refuse settings of a training where there is none."""
+        if self.pretrained:
+            changed = [
+                own.name
+                for own in fields(self)
+                if own.name != "pretrained"
+                and getattr(self, own.name)
+                != (own.default if own.default is not MISSING else Optimization())
+            ]
+            if changed:
+                raise ValueError(
+                    f"pretrained is {self.pretrained!r} beside {', '.join(changed)}, expected it alone: "
+                    "such a tokenizer is not trained"
+                )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from models import ClassLabels, TextToImage, TextTokenizer
-from models.folders import shipped_weights
+from models.folders import find_tokenizer
 from models.labels import PromptEncoder
 from tokenizers_vq import (
     AdversarialLoss,
@@ -108,7 +108,12 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     processes = join_processes()
     out, images = Path(recipe.out), Path(recipe.out) / "images"
     # all that can be refused is refused before the folder is claimed and the first image read
-    tokenizer_config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size, out)
+    given = _given_tokenizer(recipe, out)
+    tokenizer_config = (
+        _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
+        if given is None
+        else given.config
+    )
     _check_model(recipe, tokenizer_config)
     made_from, source = images_made_from(images), None
     try:
@@ -119,7 +124,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
             raise
         if processes.is_main_process:
             print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
-    _claim_folder(recipe, made_from, out, resume, with_model=until == "model")
+    _claim_folder(recipe, made_from, out, resume)
     if processes.is_main_process:
         for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
             leftover.unlink()
@@ -137,7 +142,10 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
         )
     if until == "images":
         return None
-    tokenizer = _train_tokenizer(recipe, tokenizer_config, images, out, resume)
+    if given is None:
+        tokenizer = _train_tokenizer(recipe, tokenizer_config, images, out, resume)
+    else:
+        tokenizer = _keep_tokenizer(given, out)
     if until == "tokenizer":
         return None
     tokenizer.to(processes.device)
@@ -156,6 +164,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
         return None
     captions = next(own for own in read_captions(images, "validation") if own)
     prompts = list(recipe.prompts) or captions[:SAMPLE_PROMPTS]
+    _claim_model(recipe, out)
     set_seed(recipe.model.training.seed)
     network = make_network(recipe.model, tokenizer_config, text)
     return _train_model(recipe, network, tokenizer, text, codes, prompts, out, resume, fsdp)
@@ -184,13 +193,11 @@ def _text(recipe: TextRecipe, images: Path) -> PromptEncoder:
     return ClassLabels(sorted(names))
 
 
-def _claim_folder(
-    recipe: Recipe, made_from: str, out: Path, resume: bool, *, with_model: bool
-) -> None:
+def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> None:
     """Write recipe and data hash beside the results; refuse to mix two runs in one folder.
 
-    The families of a folder share data, tokenizer and text, so another family may be added to it at any time. A run that
-    ends before the model leaves the model's settings open.
+    The families of a folder share data, tokenizer and text, so another family may be added once one is there. Until then
+    a run is resumed, and the settings of its model are open until :func:`_claim_model`.
     """
     file = out / "recipe.json"
     settings = json.loads(json.dumps({**asdict(recipe), "data_made_from": made_from}))
@@ -198,8 +205,8 @@ def _claim_folder(
     held = read_json(file) if file.exists() else {"models": {}}
     models = held.pop("models", {})
     if held and (family in models or not models) and not resume:
-        what = f"a run of the family {family}" if models else "a run that ended before its model"
-        raise ValueError(f"{out} holds {what} already: resume it, or choose another folder")
+        what = f"a run of the family {family}" if models else "a run that has no model yet"
+        raise ValueError(f"{out} already holds {what}: resume it, or choose another folder")
     before, now = _flat(held), _flat(settings)
     if family in models:
         before |= _flat({"model": models[family]})
@@ -214,10 +221,18 @@ def _claim_folder(
     ]
     if held and changed:
         raise ValueError(f"cannot add to {out} or resume it: {'; '.join(changed)}")
-    settings["models"] = models | ({family: model} if with_model else {})
+    settings["models"] = models
     join_processes().wait_for_everyone()  # all of them have read the file
     if join_processes().is_main_process:
         write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
+
+
+def _claim_model(recipe: Recipe, out: Path) -> None:
+    """Write the settings of the model, which is about to be trained, beside those of the run."""
+    if join_processes().is_main_process:
+        settings = read_json(out / "recipe.json")
+        settings["models"][recipe.model.family] = json.loads(json.dumps(asdict(recipe.model)))
+        write_text_atomically(json.dumps(settings, indent=2) + "\n", out / "recipe.json")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -262,18 +277,12 @@ class _Codes(Dataset[tuple[Tensor, ...]]):
 def _train_tokenizer(
     recipe: Recipe, config: VQTokenizerConfig, images: Path, out: Path, resume: bool
 ) -> VQTokenizer:
-    """Train the image tokenizer, or load the finished one from ``out/tokenizer``, where one that is taken is kept."""
+    """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
     processes = join_processes()
     if (out / "tokenizer" / WEIGHTS).exists():
         return VQTokenizer.from_pretrained(out / "tokenizer")
     processes.wait_for_everyone()  # or one could find what another has just written
     settings = recipe.tokenizer
-    if settings.pretrained:
-        tokenizer = _pretrained(settings.pretrained, out)
-        if processes.is_main_process:
-            save_part(tokenizer, out / "tokenizer")
-        processes.wait_for_everyone()
-        return tokenizer
     set_seed(settings.training.seed)
     tokenizer = VQTokenizer(config)
     train_set, val_set = (Shards(images / part, ("images",)) for part in ("train", "validation"))
@@ -308,29 +317,37 @@ def _train_tokenizer(
     return VQTokenizer.from_pretrained(out / "tokenizer")
 
 
-def _pretrained(name: str, out: Path) -> VQTokenizer:
-    """A tokenizer that is there already; the copy that an earlier run has made of it comes first."""
-    shipped = shipped_weights().get(name, Path(name)) / "tokenizer"
-    for folder in (out / "tokenizer", shipped):
-        if (folder / WEIGHTS).exists():
-            return VQTokenizer.from_pretrained(folder)
-    return VQTokenizer.from_pretrained(name)
-
-
-def _tokenizer_config(recipe: TokenizerRecipe, image_size: int, out: Path) -> VQTokenizerConfig:
-    """What the recipe says, or what the tokenizer says that is there already.
+def _given_tokenizer(recipe: Recipe, out: Path) -> VQTokenizer | None:
+    """The tokenizer that the recipe takes as it is, if any; the copy that an earlier run has made of it comes first.
 
     Raises:
-        ValueError: if that one is for images of another size.
+        FileNotFoundError: if it is not there.
+        ValueError: if it is damaged, or for images of another size.
     """
-    if recipe.pretrained:
-        config: VQTokenizerConfig = _pretrained(recipe.pretrained, out).config
-        if config.image_size != image_size:
-            raise ValueError(
-                f"image_size is {image_size}, expected {config.image_size}, which the tokenizer "
-                f"{recipe.pretrained} is for"
-            )
-        return config
+    if not recipe.tokenizer.pretrained:
+        return None
+    folder = out / "tokenizer"
+    if not (folder / WEIGHTS).exists():
+        folder = find_tokenizer(recipe.tokenizer.pretrained)
+    tokenizer = VQTokenizer.from_pretrained(folder)
+    size = tokenizer.config.image_size
+    if size != recipe.data.image_size:
+        raise ValueError(
+            f"image_size is {recipe.data.image_size}, expected {size}, which the tokenizer in {folder} is for"
+        )
+    return tokenizer
+
+
+def _keep_tokenizer(tokenizer: VQTokenizer, out: Path) -> VQTokenizer:
+    """Make a tokenizer part of the run, if it is not yet."""
+    processes = join_processes()
+    if processes.is_main_process and not (out / "tokenizer" / WEIGHTS).exists():
+        save_part(tokenizer, out / "tokenizer")
+    processes.wait_for_everyone()
+    return tokenizer
+
+
+def _tokenizer_config(recipe: TokenizerRecipe, image_size: int) -> VQTokenizerConfig:
     shared = VQTokenizerConfig.__dataclass_fields__.keys() & asdict(recipe).keys()
     return VQTokenizerConfig(
         image_size=image_size, **{name: getattr(recipe, name) for name in shared}
@@ -342,8 +359,11 @@ class _TokenizerLoss(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, recipe: TokenizerRecipe) -> None:
         super().__init__()
-        # the layout in which a CPU's convolutions are fastest; torch's annotations do not know of it
-        self.tokenizer: VQTokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tokenizer = tokenizer
+        if join_processes().device.type == "cpu":  # whose convolutions are fastest in this layout
+            for parameter in tokenizer.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.adversarial = AdversarialLoss(recipe.adversarial) if recipe.adversarial else None
         self.adversarial_from = recipe.training.steps // 2
         self.flip = recipe.flip
