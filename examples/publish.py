@@ -41,15 +41,15 @@ def summary(run: Path, pipes: list[TextToImage], held_out: int, numbers: dict[st
         f"PSNR {numbers['psnr']:.2f} dB, codebook usage {100 * numbers['codebook_usage']:.1f} %, perplexity "
         f"{numbers['codebook_perplexity']:.0f}.",
         "",
-        "Losses of the moving average on validation images: nats a token for ar, nats a masked token for masked, "
-        "squared error for the others. Losses of different families cannot be compared.",
+        "Losses of the moving average on validation images, in float32: nats a token for ar, nats a masked token for "
+        "masked, squared error for the others. Losses of different families cannot be compared.",
         "",
         "| family | parameters | step | with caption | null condition |",
         "|---|--:|--:|--:|--:|",
     ]
     for pipe in pipes:
         reports = read_log(run / f"logs/{pipe.family}/metrics.jsonl", "validation_loss")
-        for line in (reports[len(reports) // 2], reports[-1]):
+        for line in (reports[(len(reports) - 1) // 2], reports[-1]):
             lines.append(
                 f"| {pipe.family} | {_millions(pipe.network)} | {line['step']} "
                 f"| {line['validation_loss']:.3f} | {line['validation_loss_uncond']:.3f} |"
@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--recipe", type=Path, required=True, help="YAML file of the run, kept beside the weights"
     )
+    parser.add_argument(
+        "--tokenizer-recipe", type=Path, help="that of the tokenizer, where another run trained it"
+    )
     parser.add_argument("--reconstruction", type=Path, help="picture of held-out images to write")
     options = parser.parse_args()
 
@@ -80,7 +83,10 @@ def main() -> None:
         TextToImage.from_pretrained(options.run, family) for family in held_families(options.run)
     ]
     card = options.card.read_text()
-    load_recipe(options.recipe)  # a recipe that cannot be read is not shipped
+    recipes = {"recipe.yaml": options.recipe, "tokenizer-recipe.yaml": options.tokenizer_recipe}
+    recipes = {name: file for name, file in recipes.items() if file is not None}
+    for file in recipes.values():
+        load_recipe(file)  # one that cannot be read is not shipped
     (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
@@ -91,7 +97,8 @@ def main() -> None:
     (beside / "README.md").write_text(
         f"{card}\n{summary(options.run, pipes, len(held_out), numbers)}"
     )
-    shutil.copy(options.recipe, beside / "recipe.yaml")
+    for name, file in recipes.items():
+        shutil.copy(file, beside / name)
     shutil.rmtree(options.out, ignore_errors=True)
     beside.rename(options.out)
     if options.reconstruction is not None:

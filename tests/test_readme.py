@@ -133,7 +133,7 @@ def measured(row, at_1):
 @pytest.mark.parametrize(
     ("name", "families", "prompt"),
     [
-        ("emoji", ["ar"], "tiger in 3d style"),
+        ("emoji", ["ar", "flow"], "tiger in 3d style"),
         ("shapes", FAMILIES, "a large red circle on a white background"),
     ],
 )
