@@ -48,7 +48,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "a square and a circle",
         "something green",
     ),
-    "emoji": ("tiger in 3d style", "pizza in google style", "rocket in 3d style"),
+    "emoji": ("tiger in 3d style", "pizza in google style", "hamburger in 3d style"),
 }
 LOGITS_MITIGATIONS = (
     "kl_trust_region(0.3)",
