@@ -106,7 +106,8 @@ def run_tokenizer(out: Path) -> None:
         tracker=False,
         find_unused=True,
     )
-    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    # channels come last in memory, which safetensors does not take
+    state = {k: v.clone().contiguous() for k, v in trained.state_dict().items()}
     save_file(state, out / f"trained-{join_processes().process_index}.safetensors")
 
 
