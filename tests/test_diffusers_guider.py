@@ -76,7 +76,7 @@ def near(out, wanted):
     """Equal up to rounding, where a random network may make latents large."""
     largest = max(1.0, wanted.abs().max().item())
     assert out.shape == wanted.shape
-    assert (out - wanted).abs().max() <= 1e-5 * largest
+    assert (out - wanted).abs().max() <= 3e-5 * largest
 
 
 def livened(network):
