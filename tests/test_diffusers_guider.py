@@ -76,7 +76,7 @@ def near(out, wanted):
     """Equal up to rounding, where a random network may make latents large."""
     largest = max(1.0, wanted.abs().max().item())
     assert out.shape == wanted.shape
-    assert (out - wanted).abs().max() <= 3e-5 * largest
+    assert (out - wanted).abs().max() <= 1e-5 * largest
 
 
 def livened(network):
@@ -449,7 +449,10 @@ GUIDANCES = {
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_schedules_and_mitigations_are_those_of_a_hand_loop(name, prediction):
+    """In doubles: the loop runs its branches one by one, and a threshold may enlarge what rounding makes of that."""
     pipe, arguments = stable_diffusion(DDIMScheduler(clip_sample=False, prediction_type=prediction))
+    pipe.to(torch.float64)
+    arguments = {key: own.double() for key, own in arguments.items()}
     space = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[prediction]
     wanted = hand_loop(pipe, arguments, GUIDANCES[name], space)
     out = guided(pipe, arguments, GUIDANCES[name])

@@ -73,7 +73,7 @@ def test_a_weaker_model_is_weaker_and_guides_away_from_itself(run, tmp_path):
         alone = int(part.split()[0])
         drawn = re.findall(r"of the prompts drawn: (\d+) \+- \d+ % .*?, (\d+) .*, (.*)\n", part)
         (plain, same, none), (guided, _, _) = drawn
-        assert alone < int(plain) < int(guided)
+        assert alone + 5 < int(plain) < int(guided)
         assert plain == same and none == "+0 +- 0 (no difference to be told)"
     width, height = size(tmp_path / "weak_model.png")
     assert width > 2 * 128 and height > 4 * 128

@@ -427,7 +427,8 @@ def test_conditionals_of_a_table_by_summing_it(label):
     told = toy.conditionals(ids, label).exp()
     torch.testing.assert_close(told[0, 1], joint.sum((0, 2, 3)))
     torch.testing.assert_close(told[1, 2], joint[:, 1, :, 0].sum(0) / joint[:, 1, :, 0].sum())
-    torch.testing.assert_close(told[1, 3], torch.tensor([1, 0]).to(told))
+    # to the last bits of an exponential, which differ from processor to processor; and nothing for what cannot be
+    assert told[1, 3, 0].item() == pytest.approx(1, abs=1e-15) and told[1, 3, 1] == 0
     torch.testing.assert_close(told[2].argmax(-1), ids[2])
     torch.testing.assert_close(told.sum(-1), torch.ones(3, 4, dtype=torch.float64))
 
