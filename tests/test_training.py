@@ -25,8 +25,8 @@ from tokenizers_vq import VQTokenizer
 from tokenizers_vq.files import write_atomically
 from unicfg import Guidance
 from unicfg.cli import main
-from unicfg.training.checkpoint import Checkpoints
-from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate
+from unicfg.training.checkpoint import Checkpoints, restore_training_state, training_state
+from unicfg.training.optimize import EpochBatches, MetricsLog, fit, learning_rate, make_optimizers
 from unicfg.training.recipe import ModelRecipe, Optimization, Recipe, load_recipe
 from unicfg.training.shapes import make_shapes
 from unicfg.training.shards import Shards
@@ -494,6 +494,29 @@ def tiny_critic(folder):
     set_seed(recipe.tokenizer.training.seed)
     config = _tokenizer_config(recipe.tokenizer, recipe.data.image_size)
     return _TokenizerLoss(VQTokenizer(config), recipe.tokenizer)
+
+
+def test_kernels_have_their_channels_last_and_so_has_what_is_restored_for_them(tmp_path):
+    def made():
+        loss = tiny_critic(tmp_path)
+        average = torch.optim.swa_utils.AveragedModel(loss)
+        return loss, average, make_optimizers(loss, Optimization())
+
+    loss, average, optimizers = made()
+    loss(torch.rand(2, 3, 16, 16) * 2 - 1, 0).backward()
+    optimizers[0].step()
+    again, its_average, its_optimizers = made()
+    kernel = loss.tokenizer.encoder.stem[1].weight
+    assert not kernel.is_contiguous() and kernel.is_contiguous(memory_format=torch.channels_last)
+    # a file holds them without their layout
+    tensors = {k: v.contiguous() for k, v in training_state(loss, average, optimizers).items()}
+    restore_training_state(tensors, again, its_average, its_optimizers)
+    for parameter, own in zip(loss.parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter, own) and parameter.stride() == own.stride()
+        state = its_optimizers[0].state[own]
+        for name in ("exp_avg", "exp_avg_sq") if state else ():
+            assert torch.equal(state[name], optimizers[0].state[parameter][name])
+            assert state[name].stride() == own.stride()
 
 
 def test_a_run_leaves_logs_pictures_and_a_pipeline(tmp_path):
