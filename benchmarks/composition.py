@@ -7,6 +7,8 @@ held out of training ("val_pair"): a tiger was seen, and the 3d style was seen, 
 drawn, and as many seen ones ("train"), and each drawing is held against all real pictures by the features of an image
 network: is the nearest one of the right concept, and is it the very picture of the pair? The style is read from the
 colours. What the same judge says of the true pictures bounds what can be seen.
+A model that was trained on the parts of captions, too (--parts of that script), can be guided by them: --by parts draws
+the tiger and the 3d style as two conditions that are added (composable AND, Liu et al., arXiv 2206.01714).
 Seeds are the same for every family and scale. Each finished cell is written at once, so an interrupted run goes on where it
 stopped.
 """
@@ -40,6 +42,7 @@ from unicfg.evaluation import captions, features
 from unicfg.evaluation.captions import CaptionScorer
 from unicfg.evaluation.features import Features, extract, find_features
 from unicfg.evaluation.uncertainty import LEAST_OF_SHARE, share
+from unicfg.guidance import branches
 from unicfg.pictures import LINE, check_picture_name, grid, save_picture
 from unicfg.training.data import ImageSet, read_folder
 
@@ -57,6 +60,7 @@ MEASURES = {
 NEAREST = 5
 Cells = dict[str, dict[str, dict[str, Any]]]
 """What was measured by split, family and scale."""
+BY = {"whole": "", "parts": ", by parts"}  # what a family's name has behind it in the table
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 4, 128
 
 
@@ -68,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", help="all that the weights hold by default")
     parser.add_argument("--scales", nargs="+", type=float, default=[0, 1, 1.5, 2, 3, 5, 8, 15])
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=["val_pair", "train"])
+    parser.add_argument("--by", nargs="+", choices=BY, default=["whole"], help="captions or parts")
     parser.add_argument("-n", type=int, default=216, help="prompts a split, or all that there are")
     parser.add_argument("--features", default="lite0", help="that tell concepts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the curves (needs matplotlib)")
     parser.add_argument("--grid", type=Path, help="a picture of the first 32 unseen pairs, drawn")
     parser.add_argument("--grid-family", default="flow")
+    parser.add_argument("--grid-by", choices=BY, default="whole")
     parser.add_argument("--grid-scale", type=float, default=3.0)
     options = parser.parse_args(arguments)
     if len({f"{scale:g}" for scale in options.scales}) != len(options.scales):
@@ -94,6 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--data is {options.data}, whose metadata lack split, concept or style: expected what "
             "examples/prepare_emoji.py makes"
         )
+    if len(set(data.captions)) < len(data):
+        parser.error(
+            f"--data is {options.data}, which has captions twice: expected what examples/prepare_emoji.py "
+            "makes without --parts"
+        )
     asked = {split: asked_for(data, split, options.n) for split in SPLITS}
     for split in options.split:
         if len(asked[split]) < LEAST_OF_SHARE:
@@ -108,25 +119,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = references(judge, tokenizer, data, asked[split])
         results.setdefault("references", {})[split] = own
     cells: Cells = {}
-    jobs = [(split, f, s) for split in options.split for f in families for s in options.scales]
+    jobs = [
+        (split, family, by, scale)
+        for split in options.split
+        for family in families
+        for by in options.by
+        for scale in options.scales
+    ]
     with tqdm(jobs, desc="drawing and judging", unit="cell") as bar:
-        for split, family, scale in bar:
-            bar.set_postfix(split=split, family=family, s=scale)
-            own = results["families"].get(family, {})
+        for split, family, by, scale in bar:
+            row = family + BY[by]
+            bar.set_postfix(split=split, family=row, s=scale)
+            own = results["families"].get(row, {})
             if own.get("made_with") != fingerprints[family]:
                 own = {"sampler": pipes[family].defaults(), "made_with": fingerprints[family]}
-                results["families"][family] = own
+                results["families"][row] = own
             finished = own.setdefault(split, {})
             if f"{scale:g}" not in finished:
-                prompts = [data.captions[i] for i in asked[split]]
+                prompts = prompts_for(data, asked[split], by)
                 finished[f"{scale:g}"] = measure(pipes[family], judge, prompts, asked[split], scale)
                 write_text_atomically(json.dumps(results, indent=1) + "\n", file)
-            by_family = cells.setdefault(split, {})
-            by_family.setdefault(family, {})[f"{scale:g}"] = finished[f"{scale:g}"]
+            by_row = cells.setdefault(split, {})
+            by_row.setdefault(row, {})[f"{scale:g}"] = finished[f"{scale:g}"]
     command = f"python benchmarks/composition.py --data {options.data} --weights {options.weights}"
     command += f" --split {' '.join(options.split)} -n {options.n} --features {options.features}"
     if options.families:
         command += f" --families {' '.join(options.families)}"
+    if options.by != ["whole"]:
+        command += f" --by {' '.join(options.by)}"
     command += " --scales " + " ".join(f"{scale:g}" for scale in options.scales)
     page = table(cells, results["references"], command)
     write_text_atomically(page, file.with_suffix(".md"))
@@ -135,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(cells, options.plot)
     if options.grid is not None:
         pipe = TextToImage.from_pretrained(options.weights, options.grid_family)
-        save_picture(drawn_pairs(pipe, data, options.grid_scale), options.grid)
+        save_picture(drawn_pairs(pipe, data, options.grid_scale, options.grid_by), options.grid)
 
 
 def asked_for(data: ImageSet, split: str, n: int) -> Tensor:
@@ -238,19 +258,42 @@ def fingerprint(pipe: TextToImage, data: ImageSet) -> str:
     known = [pipe.defaults(), pipe.digest(), data.captions, data.attributes]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     digest.update(data.images.numpy().tobytes())
-    for part in (features, captions, asked_for, colours, Judge):
+    for part in (features, captions, asked_for, colours, Judge, Prompts, prompts_for):
         digest.update(inspect.getsource(part).encode())
     return digest.hexdigest()[:16]
 
 
-def measure(
-    pipe: TextToImage, judge: Judge, prompts: Sequence[str], asked: Tensor, scale: float
-) -> dict[str, Any]:
-    """Draw all prompts, seed i for prompt i, and grade them; "shuffled" is by the prompt before, which is chance."""
-    images = pipe.sample(
-        prompts, seeds=range(len(prompts)), guidance=Guidance(scale), batch_size=BATCH
+@dataclass(frozen=True)
+class Prompts:
+    """What is drawn: captions, or concepts with a style each as a second condition."""
+
+    texts: list[str]
+    styles: list[str] | None = None
+
+    def draw(self, pipe: TextToImage, scale: float) -> Tensor:
+        """One image a prompt, of seed i for prompt i; both conditions have the scale."""
+        options: dict[str, Any] = {"seeds": range(len(self.texts)), "batch_size": BATCH}
+        if self.styles is None:
+            return pipe.sample(self.texts, guidance=Guidance(scale), **options)
+        both = Guidance(branches.composed(cond=scale, style=scale))
+        return pipe.sample(self.texts, guidance=both, branches={"style": self.styles}, **options)
+
+
+def prompts_for(data: ImageSet, asked: Tensor, by: str) -> Prompts:
+    """The captions of the pictures asked for, or by "parts" the words of concept and style as in training."""
+    if by == "whole":
+        return Prompts([data.captions[i] for i in asked])
+    about = [data.attributes[i] for i in asked]
+    return Prompts(
+        [own["concept"] for own in about], [f"emoji in {own['style']} style" for own in about]
     )
-    seen = judge.see(images)
+
+
+def measure(
+    pipe: TextToImage, judge: Judge, prompts: Prompts, asked: Tensor, scale: float
+) -> dict[str, Any]:
+    """Draw all prompts and grade them; "shuffled" is by the prompt before, which is chance."""
+    seen = judge.see(prompts.draw(pipe, scale))
     return judge.grade(seen, asked) | {"shuffled": judge.grade(seen, asked.roll(1))}
 
 
@@ -327,13 +370,12 @@ def plot(cells: Cells, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def drawn_pairs(pipe: TextToImage, data: ImageSet, scale: float) -> Image.Image:
-    """The first unseen pairs, seed i for prompt i, each with its prompt below it."""
-    prompts = [data.captions[i] for i in asked_for(data, "val_pair", GRID_COLUMNS * GRID_ROWS)]
-    images = to_images(
-        pipe.sample(prompts, seeds=range(len(prompts)), guidance=Guidance(scale), batch_size=BATCH)
-    )
-    cells = [captioned(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+def drawn_pairs(pipe: TextToImage, data: ImageSet, scale: float, by: str) -> Image.Image:
+    """The first unseen pairs, seed i for prompt i, each with its caption below it."""
+    asked = asked_for(data, "val_pair", GRID_COLUMNS * GRID_ROWS)
+    images = to_images(prompts_for(data, asked, by).draw(pipe, scale))
+    texts = [data.captions[i] for i in asked]
+    cells = [captioned(image, text) for image, text in zip(images, texts, strict=True)]
     rows = [cells[i : i + GRID_COLUMNS] for i in range(0, len(cells), GRID_COLUMNS)]
     return grid(rows, cell=cells[0].width)
 

