@@ -121,6 +121,20 @@ def test_stale_codes_are_refused(images, tmp_path, finished):
     assert len(encode_images(tokenizer, TEXT, images, "train", folder)) == 11
 
 
+def test_a_seed_is_heeded_only_where_it_shifts_something(images, tmp_path):
+    tokenizer, plain, crops = make_tokenizer(), tmp_path / "plain", tmp_path / "crops"
+    first = encode_images(tokenizer, TEXT, images, "train", plain, seed=1)
+    assert encode_images(tokenizer, TEXT, images, "train", plain).made_from == first.made_from
+    encode_images(tokenizer, TEXT, images, "train", crops, crops=2, shift=1)
+    for finished in (True, False):
+        if not finished:
+            (crops / "shards.json").unlink()
+        with pytest.raises(ValueError, match=r"or not with crops 2, shift 1 and seed 7 .*: remove"):
+            encode_images(tokenizer, TEXT, images, "train", crops, crops=2, shift=1, seed=7)
+        with pytest.raises(ValueError, match=r"or not with crops 1 .*: remove the folder .*crops"):
+            encode_images(tokenizer, TEXT, images, "train", crops)
+
+
 def test_shifted_images_are_the_image_moved():
     image = torch.arange(36.0).view(1, 1, 6, 6).expand(40, 3, 6, 6)
     moved = shifted(image, 1, torch.Generator().manual_seed(0))

@@ -586,6 +586,52 @@ def test_a_run_that_ends_before_the_model_leaves_its_settings_open(tmp_path):
         train(load_recipe(write_recipe(tmp_path, values)), resume=True, until="tokenizer")
 
 
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_seed_may_change_after_the_codes(tmp_path, crops):
+    """It is a setting of the model, which those are open to; codes that it would shift elsewhere are made beside."""
+    values = tiny_recipe(tmp_path / "run", steps=1)
+    values["model"] |= {"crops": crops, "shift": crops - 1}
+    train(load_recipe(write_recipe(tmp_path, values)), until="codes")
+    values["model"]["training"]["seed"] = 7
+    train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+    made = {folder.name for folder in (tmp_path / "run/codes").iterdir()}
+    both = {"train-2x1", "train-2x1-seed7"} if crops == 2 else {"train-1x0"}
+    assert made == both | {"validation-1x0"}
+    ids = [Shards(tmp_path / "run/codes" / name, ("ids",)).first(100)[0] for name in sorted(both)]
+    assert crops == 1 or not torch.equal(*ids)
+
+
+def test_a_tokenizer_may_move_and_not_change(tmp_path):
+    """What the run has a copy of is compared by its weights, not by the path that it was copied from."""
+    values = tiny_recipe(tmp_path / "first", steps=1)
+    train(load_recipe(write_recipe(tmp_path, values)), until="tokenizer")
+    first, moved, run = tmp_path / "first/tokenizer", tmp_path / "moved", tmp_path / "run"
+
+    def resume(folder, until):
+        changed = values | {"out": str(run), "tokenizer": {"pretrained": str(folder)}}
+        train(load_recipe(write_recipe(tmp_path, changed)), resume=True, until=until)
+
+    resume(first, "images")
+    first.rename(moved)
+    resume(moved, "codes")  # from here on there is a copy
+    elsewhere = tmp_path / "elsewhere"
+    moved.rename(elsewhere)
+    resume(elsewhere, "model")
+    assert str(elsewhere) in (run / "recipe.json").read_text()
+    settings, other = (run / "recipe.json").read_text(), VQTokenizer.from_pretrained(elsewhere)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError,
+        match=r"was '.*elsewhere', whose copy is in .*run/tokenizer, and the one at '.*other' is another",
+    ):
+        resume(tmp_path / "other", "model")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at '.*moved'"):
+        resume(moved, "model")
+    assert (run / "recipe.json").read_text() == settings
+
+
 @pytest.mark.parametrize("where", ["pipeline", "tokenizer"])
 def test_a_tokenizer_that_is_there_is_taken_and_not_trained(tmp_path, where):
     values = tiny_recipe(tmp_path / "first", steps=1)

@@ -55,21 +55,26 @@ def encode_images(
         folder: of the codes: ``ids`` int32 (N, L), ``latents`` (N, C, h, w) and ``text`` int32 (N, T).
         crops: encodings of each image, all images once before any comes again; the first is of the image as it is.
         shift: pixels, at most, by which it is moved for the others.
-        seed: of the shifts.
+        seed: of the shifts; without further crops, codes of one seed are those of any.
 
     Returns:
         the codes, with the keys "ids", "latents" and "text".
 
     Raises:
-        ValueError: if the folder holds codes of another tokenizer, other images or other captions.
+        ValueError: if the folder holds codes of another tokenizer, other images or other captions, or of other crops.
         OSError: if something cannot be written; finished shards stay.
     """
     keys = ("ids", "latents", "text")
     pixels = Shards(images / part, ("images",))
-    settings = [pixels.made_from, hash_of(tokenizer), _hash_of_text(text), crops, shift, seed]
-    made_from = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    settings = f"crops {crops}"
+    if crops > 1:
+        settings += f", shift {shift} and seed {seed}"
+    else:
+        shift = seed = 0  # as nothing is shifted, they make no other codes
+    parts = [pixels.made_from, hash_of(tokenizer), _hash_of_text(text), crops, shift, seed]
+    made_from = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if (folder / INDEX).exists():
-        return Shards(folder, keys, made_from)
+        return Shards(folder, keys, made_from, settings)
     processes = join_processes()
     total = crops * pixels.count
     with tqdm(
@@ -82,7 +87,7 @@ def encode_images(
             for shard, captions in enumerate(read_captions(images, part)):
                 number = crop * pixels.count + shard
                 mine = number % processes.num_processes == processes.process_index
-                if mine and not is_written(folder, number, made_from):
+                if mine and not is_written(folder, number, made_from, settings):
                     (some,) = pixels.read(shard)
                     generator = torch.Generator().manual_seed(step_seed(seed, number))
                     codes = _encode(tokenizer, some, shift if crop else 0, generator)
@@ -93,7 +98,7 @@ def encode_images(
     if processes.is_main_process:
         finish_shards(folder, total, made_from)
     processes.wait_for_everyone()
-    return Shards(folder, keys, made_from)
+    return Shards(folder, keys, made_from, settings)
 
 
 def _hash_of_text(text: PromptEncoder) -> str:

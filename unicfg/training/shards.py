@@ -48,8 +48,14 @@ def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], made_from
     write_atomically(tensors, _file(folder, number), {MADE_FROM: made_from})
 
 
-def is_written(folder: Path, number: int, made_from: str) -> bool:
+def is_written(folder: Path, number: int, made_from: str, settings: str = "") -> bool:
     """Whether a shard is there.
+
+    Args:
+        folder: of the shards.
+        number: of this one.
+        made_from: what it must have been made from.
+        settings: that are part of that hash, to be named where it is another.
 
     Raises:
         ValueError: if it is damaged, or was made from something else.
@@ -57,7 +63,7 @@ def is_written(folder: Path, number: int, made_from: str) -> bool:
     file = _file(folder, number)
     if not file.exists():
         return False
-    _check_made_from(_Shard.open(file).made_from, made_from, file)
+    _check_made_from(_Shard.open(file).made_from, made_from, file, settings)
     return True
 
 
@@ -91,18 +97,21 @@ class Shards(Dataset[tuple[Tensor, ...]]):
         folder: of the shards.
         keys: which of the tensors.
         made_from: what they must have been made from; None takes any.
+        settings: that are part of that hash, to be named where it is another.
 
     Raises:
         FileNotFoundError: if there is no index: the shards were not finished.
         ValueError: if a file is damaged, or was made from something else.
     """
 
-    def __init__(self, folder: Path, keys: Sequence[str], made_from: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, keys: Sequence[str], made_from: str | None = None, settings: str = ""
+    ) -> None:
         index = read_json(folder / INDEX)
         self.folder, self.keys = folder, tuple(keys)
         self.made_from = str(index.get(MADE_FROM))
         if made_from is not None:
-            _check_made_from(self.made_from, made_from, folder)
+            _check_made_from(self.made_from, made_from, folder, settings)
         rows = index.get("rows")
         if not isinstance(rows, list):
             raise ValueError(f"{folder / INDEX}: rows is {rows!r}, expected a list")
@@ -232,9 +241,10 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def _check_made_from(found: str, expected: str, where: Path) -> None:
+def _check_made_from(found: str, expected: str, where: Path, settings: str = "") -> None:
     if found != expected:
+        otherwise = f", or not with {settings}" if settings else ""
         raise ValueError(
-            f"{where} was made from other data or by another tokenizer (hash {found[:12] or 'none'}, "
+            f"{where} was made from other data or by another tokenizer{otherwise} (hash {found[:12] or 'none'}, "
             f"expected {expected[:12]}): remove the folder {where if where.is_dir() else where.parent} to make it anew"
         )

@@ -36,7 +36,7 @@ from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 from unicfg.processes import join_processes
 from unicfg.training.dropout import WHOLE, ConditionDropout, Part
-from unicfg.training.encode import encode_images
+from unicfg.training.encode import encode_images, hash_of
 from unicfg.training.families import (
     Loss,
     make_network,
@@ -66,6 +66,7 @@ BATCH, SHOWN_PIXELS = 64, 1 << 24
 SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names none
 # may differ when a run is resumed; the data may have moved, its images are in the run
 FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "data/path", "data/workers"}
+PRETRAINED = "tokenizer/pretrained"  # may differ, too, as long as it is the same tokenizer
 LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe")  # what is said of an ended process
 STAGES = ("images", "tokenizer", "codes", "model")
 
@@ -124,7 +125,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
             raise
         if processes.is_main_process:
             print(f"the data is not at {recipe.data.path}: its images in {images} are taken")
-    _claim_folder(recipe, made_from, out, resume)
+    _claim_folder(recipe, made_from, given, out, resume)
     if processes.is_main_process:
         for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
             leftover.unlink()
@@ -152,12 +153,19 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     text = _text(recipe.text, images)
     codes = []
     for part, crops in (("train", recipe.model.crops), ("validation", 1)):
-        shift = recipe.model.shift if crops > 1 else 0
-        folder = out / "codes" / f"{part}-{crops}x{shift}"
-        seed = recipe.model.training.seed
+        # what makes other codes is in the name: families that differ in it have codes of their own
+        shift, seed = (recipe.model.shift, recipe.model.training.seed) if crops > 1 else (0, 0)
+        name = f"{part}-{crops}x{shift}" + (f"-seed{seed}" if seed else "")
         codes.append(
             encode_images(
-                tokenizer, text, images, part, folder, crops=crops, shift=shift, seed=seed
+                tokenizer,
+                text,
+                images,
+                part,
+                out / "codes" / name,
+                crops=crops,
+                shift=shift,
+                seed=seed,
             )
         )
     if until == "codes":
@@ -193,7 +201,9 @@ def _text(recipe: TextRecipe, images: Path) -> PromptEncoder:
     return ClassLabels(sorted(names))
 
 
-def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> None:
+def _claim_folder(
+    recipe: Recipe, made_from: str, given: VQTokenizer | None, out: Path, resume: bool
+) -> None:
     """Write recipe and data hash beside the results; refuse to mix two runs in one folder.
 
     The families of a folder share data, tokenizer and text, so another family may be added once one is there. Until then
@@ -211,6 +221,9 @@ def _claim_folder(recipe: Recipe, made_from: str, out: Path, resume: bool) -> No
     if family in models:
         before |= _flat({"model": models[family]})
         now |= _flat({"model": model})
+    if given is not None and before.get(PRETRAINED):
+        _check_still_given(recipe, given, before[PRETRAINED], out)
+        before[PRETRAINED] = now[PRETRAINED]
     # what a later release has added was as it is by default
     usual = _flat(json.loads(json.dumps(asdict(Recipe(out="")))))
     was = {key: before.get(key, usual.get(key)) for key in before.keys() | now.keys()}
@@ -279,7 +292,7 @@ def _train_tokenizer(
 ) -> VQTokenizer:
     """Train the image tokenizer, or load the finished one from ``out/tokenizer``."""
     processes = join_processes()
-    if (out / "tokenizer" / WEIGHTS).exists():
+    if _holds_tokenizer(out):
         return VQTokenizer.from_pretrained(out / "tokenizer")
     processes.wait_for_everyone()  # or one could find what another has just written
     settings = recipe.tokenizer
@@ -317,6 +330,10 @@ def _train_tokenizer(
     return VQTokenizer.from_pretrained(out / "tokenizer")
 
 
+def _holds_tokenizer(out: Path) -> bool:
+    return (out / "tokenizer" / WEIGHTS).exists()
+
+
 def _given_tokenizer(recipe: Recipe, out: Path) -> VQTokenizer | None:
     """The tokenizer that the recipe takes as it is, if any; the copy that an earlier run has made of it comes first.
 
@@ -326,9 +343,9 @@ def _given_tokenizer(recipe: Recipe, out: Path) -> VQTokenizer | None:
     """
     if not recipe.tokenizer.pretrained:
         return None
-    folder = out / "tokenizer"
-    if not (folder / WEIGHTS).exists():
-        folder = find_tokenizer(recipe.tokenizer.pretrained)
+    folder = (
+        out / "tokenizer" if _holds_tokenizer(out) else find_tokenizer(recipe.tokenizer.pretrained)
+    )
     tokenizer = VQTokenizer.from_pretrained(folder)
     size = tokenizer.config.image_size
     if size != recipe.data.image_size:
@@ -338,10 +355,29 @@ def _given_tokenizer(recipe: Recipe, out: Path) -> VQTokenizer | None:
     return tokenizer
 
 
+def _check_still_given(recipe: Recipe, given: VQTokenizer, name_before: str, out: Path) -> None:
+    """Refuse another tokenizer than the one that the run has copied; it may lie elsewhere now.
+
+    Until there is a copy nothing was made with it, and any will do.
+
+    Raises:
+        FileNotFoundError: if there is none where the recipe says.
+        ValueError: if its configuration or weights differ from those of the copy.
+    """
+    name = recipe.tokenizer.pretrained
+    if name == name_before or not _holds_tokenizer(out):
+        return
+    if hash_of(VQTokenizer.from_pretrained(find_tokenizer(name))) != hash_of(given):
+        raise ValueError(
+            f"cannot add to {out} or resume it: {PRETRAINED} was {name_before!r}, whose copy is in "
+            f"{out / 'tokenizer'}, and the one at {name!r} is another: name the one that it was, or choose another folder"
+        )
+
+
 def _keep_tokenizer(tokenizer: VQTokenizer, out: Path) -> VQTokenizer:
     """Make a tokenizer part of the run, if it is not yet."""
     processes = join_processes()
-    if processes.is_main_process and not (out / "tokenizer" / WEIGHTS).exists():
+    if processes.is_main_process and not _holds_tokenizer(out):
         save_part(tokenizer, out / "tokenizer")
     processes.wait_for_everyone()
     return tokenizer
