@@ -1,6 +1,9 @@
 # Two commands are the whole set-up: `make demo` draws pictures, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
+# one thread each: two that wait for one another are slower than one
+PARALLEL := OMP_NUM_THREADS=1
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: demo docs wheel test test-browser test-slow test-lowest test-newest test-lowest-quick test-newest-quick bench clean
 
@@ -24,7 +27,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PARALLEL) $(BIN)/python -m pytest $(WORKERS)
 
 # The documentation as a site, in out/site; a link or a heading that is not there is an error.
 docs: .venv/installed-dev
@@ -45,7 +48,7 @@ INNER := $(patsubst %,tests/test_%.py,guide guidance mitigations spaces spelling
 	diffusion oracles branches passes guided_call)
 HOSTS := $(patsubst %,tests/test_%.py,guided_generate janus musicgen vibevoice diffusers_guider k_diffusion parity)
 OTHER_EXTRAS := data,train,eval,captions,demo,diffusers,transformers
-OTHER_TOOLS := kornia pytest pytest-timeout hypothesis
+OTHER_TOOLS := kornia pytest pytest-timeout pytest-xdist hypothesis
 
 .venv-lowest/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -54,7 +57,7 @@ OTHER_TOOLS := kornia pytest pytest-timeout hypothesis
 	touch $@
 
 test-lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest $(TESTS)
+	$(PARALLEL) .venv-lowest/bin/python -m pytest $(WORKERS) $(TESTS)
 
 # Made anew each time: what is newest changes.
 .PHONY: .venv-newest/installed
@@ -64,14 +67,14 @@ test-lowest: .venv-lowest/installed
 	.venv-newest/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest $(TESTS)
+	$(PARALLEL) .venv-newest/bin/python -m pytest $(WORKERS) $(TESTS)
 
 # What of them is quick enough for every change: the inner ring, and with the newest the integrations, too.
 test-lowest-quick:
 	$(MAKE) test-lowest TESTS="$(INNER)"
 
 test-newest-quick:
-	.venv-newest/bin/python -m pytest $(INNER) $(HOSTS)
+	$(PARALLEL) .venv-newest/bin/python -m pytest $(WORKERS) $(INNER) $(HOSTS)
 
 # What a release would be: built, checked, and installed where nothing else is, to draw from the weights that it brings.
 wheel:
@@ -94,6 +97,8 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
+	$(BIN)/python benchmarks/composition.py --out benchmarks/results --plot docs/pictures/emoji-composition.png
+	$(BIN)/python benchmarks/ablations.py --out benchmarks/results --plot docs/pictures/shapes-ablations.png
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest .venv-wheel dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

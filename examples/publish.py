@@ -4,7 +4,7 @@ r"""Turn a finished run into weights that can be shipped: 8-bit integers, the re
         --recipe examples/recipes/emoji.yaml
 
 The card begins with the given text (data, licences, limits). The losses in it are read from the run's own logs; the
-tokenizer is measured as it is shipped.
+tokenizer is measured as it is shipped, and the last losses are there once more as they are with the shipped weights.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import to_float
-from unicfg.training.recipe import load_recipe
+from unicfg.training.families import training_data, training_loss
+from unicfg.training.recipe import Recipe, load_recipe
 from unicfg.training.shards import Shards
-from unicfg.training.trainer import evaluate_tokenizer
+from unicfg.training.sources import read_captions
+from unicfg.training.trainer import evaluate_tokenizer, validation_losses
+
+BATCH = 64
 
 
 def read_log(file: Path, key: str) -> list[dict[str, Any]]:
@@ -32,8 +37,30 @@ def read_log(file: Path, key: str) -> list[dict[str, Any]]:
     return [line for line in lines if key in line]
 
 
-def summary(run: Path, pipes: list[TextToImage], held_out: int, numbers: dict[str, float]) -> str:
-    """Parameters, what the tokenizer does to held-out images, and the losses in the logs."""
+def shipped_loss(pipe: TextToImage, recipe: Recipe, images: Tensor, captions: list[str]) -> float:
+    """The loss of a pipeline's weights on images (N, 3, H, W) in [-1, 1] with captions, with the noise of the logs."""
+    encode = (
+        pipe.tokenizer.encode
+        if training_data(recipe.model.family) == "ids"
+        else pipe.tokenizer.encode_latents
+    )
+    codes = torch.cat([encode(part) for part in images.split(BATCH)])
+    if training_data(recipe.model.family) == "ids":
+        codes = codes.flatten(1)
+    loss = training_loss(recipe.model, pipe.network)
+    return validation_losses(pipe.model, loss, codes, pipe.encode_prompts(captions))[
+        "validation_loss"
+    ]
+
+
+def summary(
+    run: Path,
+    pipes: list[TextToImage],
+    shipped: dict[str, float],
+    held_out: int,
+    numbers: dict[str, float],
+) -> str:
+    """Parameters, what the tokenizer does to held-out images, and the losses in the logs and as shipped."""
     lines = [
         "## Numbers",
         "",
@@ -44,15 +71,18 @@ def summary(run: Path, pipes: list[TextToImage], held_out: int, numbers: dict[st
         "Losses of the moving average on validation images, in float32: nats a token for ar, nats a masked token for "
         "masked, squared error for the others. Losses of different families cannot be compared.",
         "",
-        "| family | parameters | step | with caption | null condition |",
-        "|---|--:|--:|--:|--:|",
+        "| family | parameters | step | with caption | null condition | with caption, as shipped |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for pipe in pipes:
         reports = read_log(run / f"logs/{pipe.family}/metrics.jsonl", "validation_loss")
-        for line in (reports[(len(reports) - 1) // 2], reports[-1]):
+        for line, own in (
+            (reports[(len(reports) - 1) // 2], ""),
+            (reports[-1], f"{shipped[pipe.family]:.3f}"),
+        ):
             lines.append(
                 f"| {pipe.family} | {_millions(pipe.network)} | {line['step']} "
-                f"| {line['validation_loss']:.3f} | {line['validation_loss_uncond']:.3f} |"
+                f"| {line['validation_loss']:.3f} | {line['validation_loss_uncond']:.3f} | {own} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -88,14 +118,20 @@ def main() -> None:
     for file in recipes.values():
         load_recipe(file)  # one that cannot be read is not shipped
     (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
+    images = to_float(held_out)
+    captions = list(chain(*read_captions(options.run / "images", "validation")))[: len(images)]
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     for pipe in pipes:
         pipe.save_pretrained(beside, dtype=torch.int8)
-    shipped = TextToImage.from_pretrained(beside, pipes[0].family)
-    numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
+    losses = {}
+    for family in held_families(beside):
+        shipped = TextToImage.from_pretrained(beside, family)
+        recipe = load_recipe(options.recipe, family)
+        losses[family] = shipped_loss(shipped, recipe, images, captions)
+    numbers, picture = evaluate_tokenizer(shipped.tokenizer, images)
     (beside / "README.md").write_text(
-        f"{card}\n{summary(options.run, pipes, len(held_out), numbers)}"
+        f"{card}\n{summary(options.run, pipes, losses, len(held_out), numbers)}"
     )
     for name, file in recipes.items():
         shutil.copy(file, beside / name)

@@ -1,5 +1,6 @@
 """The numbered examples: each runs as its command does, in a small size, and shows what it says."""
 
+import json
 import re
 import runpy
 import sys
@@ -11,6 +12,8 @@ from PIL import Image
 
 from models import TextToImage
 from unicfg import Guidance
+from unicfg.training.recipe import load_recipe
+from unicfg.training.trainer import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILE = EXAMPLES / "7_hybrid.py"
@@ -54,6 +57,37 @@ def test_a_folder_of_images_becomes_a_model_and_a_second_run_does_not_train_agai
     for more in ([], ["--images", tmp_path / "faces"]):  # drawn again, and taken for a user's own
         assert "flow goes on from step 4" in run("2_train_on_a_folder.py", *command, *more)
         assert (picture.read_bytes(), log.read_text()) == before
+
+
+RECIPE = """
+out: {out}
+data: {{source: shapes, image_size: 32, count: 48, validation: 0.3}}
+tokenizer:
+  {{factor: 8, width: 16, depth: 1, levels: [5, 5], training: {{steps: 4, batch_size: 8, warmup: 1}}}}
+text: {{vocabulary: 300, length: 24}}
+model:
+  {{width: 32, depth: 1, heads: 2, training: {{steps: 4, batch_size: 8, warmup: 1, ema: 0.5}}}}
+"""
+
+
+def test_published_weights_have_the_losses_of_their_training(run, tmp_path):
+    recipe, card, shipped = (tmp_path / name for name in ("recipe.yaml", "card.md", "shipped"))
+    recipe.write_text(RECIPE.format(out=tmp_path / "run"))
+    card.write_text("# tiny\n")
+    families = ("ar", "flow", "hybrid")
+    for family in families:
+        train(load_recipe(recipe, family), resume=family != "ar")
+    options = ["--card", card, "--recipe", recipe, "--reconstruction", tmp_path / "shown.png"]
+    assert "MB in" in run("publish.py", tmp_path / "run", shipped, *options)
+    page = (shipped / "README.md").read_text()
+    assert page.startswith("# tiny\n") and size(tmp_path / "shown.png")[0] > 8 * 96
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows[1::2]] == list(families)
+    for family, row in zip(families, rows[1::2], strict=True):
+        trained, _, as_shipped = (float(cell) for cell in row[3:])
+        assert as_shipped == pytest.approx(trained, rel=0.02)  # 8 bits a weight
+        log = (tmp_path / "run/logs" / family / "metrics.jsonl").read_text().splitlines()
+        assert f"{json.loads(log[-1])['validation_loss']:.3f}" == row[3].strip()
 
 
 def test_families_are_compared_on_equal_prompts(run, tmp_path):

@@ -627,7 +627,7 @@ def test_a_tokenizer_may_move_and_not_change(tmp_path):
         match=r"was '.*elsewhere', whose copy is in .*run/tokenizer, and the one at '.*other' is another",
     ):
         resume(tmp_path / "other", "model")
-    with pytest.raises(FileNotFoundError, match="no tokenizer at '.*moved'"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*moved'"):
         resume(moved, "model")
     assert (run / "recipe.json").read_text() == settings
 
