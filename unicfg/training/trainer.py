@@ -468,7 +468,7 @@ def _train_model(
 
     def report(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, ConditionDropout)
-        values = _validation_losses(average, loss, *held_out)
+        values = validation_losses(average, loss, *held_out)
         pipe = TextToImage(text, average, tokenizer.to(_device(average)), family)
         save_picture(_samples(pipe, prompts), out / "pictures" / f"{family}-{step:06d}.png")
         return values
@@ -496,7 +496,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def _validation_losses(
+def validation_losses(
     wrapped: ConditionDropout, loss: Loss, data: Tensor, cond: Tensor
 ) -> dict[str, float]:
     """Loss with and without the condition; their difference is what guidance has to work with."""
