@@ -205,7 +205,7 @@ class TextToImage:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
         seeds = check_seeds(seeds, len(prompts))
-        given = self._given(options)
+        given = self.given(**options)
         jobs = Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
         jobs.check()
         size = self._batch_size(batch_size, jobs)
@@ -301,8 +301,8 @@ class TextToImage:
         fitting = (free_memory(self.device) // 2 - (one - each)) // each
         return max(1, min(fitting, MOST_AT_ONCE))
 
-    def _given(self, options: Options) -> dict[str, Any]:
-        """The options that say something.
+    def given(self, **options: Unpack[Options]) -> dict[str, Any]:
+        """The options that say something; their values are checked by the sampler.
 
         Raises:
             TypeError: if there is no such option.

@@ -141,6 +141,7 @@ scales: [0, 1.0, 3]
 variants:
   - {name: plain}
   - {name: late, scale: "interval(s, 0.5, 1)", mitigations: "tcfg + mimic_scale(3)", scales: [3]}
+  - {name: cold, sampler: {temperature: 0.5, steps: 8, solver: heun}}
 open_prompts: [a red circle]
 """
 SPELLINGS = (

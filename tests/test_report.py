@@ -311,6 +311,18 @@ def test_tables_of_mitigations_mark_what_is_better_and_worse(page):
     assert ar[4] == "12.00" and ar[5] == "-"  # no number for the rows of this cell
 
 
+def test_options_of_variants_stand_in_the_report_as_in_a_call(tmp_path):
+    how = {"scale": "s", "mitigations": "", "scales": []}
+    sampled = how | {"sampler": {"steps": 1000, "solver": "<heun>"}}
+    folder = write_study(tmp_path, variants={"plain": how, "cut": sampled, "odd": {"sampler": 3}})
+    read = Tables(write_report(folder).read_text("utf-8"))
+    head, plain, cut, odd = [row for row in read.rows if len(row) == 4]
+    assert head[1:] == ["scale", "mitigations", "sampler"]
+    assert plain == ["plain", "s", "", ""]
+    assert cut == ["cut", "s", "", "steps=1000, solver='<heun>'"]
+    assert odd == ["odd", "", "", ""]
+
+
 def test_density_has_mean_one_and_evenly_spaced_steps_count_alike(study, page):
     assert findings.density([0, 1 / 3, 2 / 3, 1], [4, 2, 1, 1]) == pytest.approx([2, 1, 0.5, 0.5])
     # the middle one of 0, 0.2, 1 has 0.5 of progress for itself, the outer ones 0.2 and 0.8 of 1.5 in all

@@ -1,6 +1,8 @@
 """Studies: every cell is what the pipeline draws, nothing finished is lost, and what is bad is refused or reported."""
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -21,6 +23,9 @@ from tokenizers_vq.images import to_images
 from unicfg import Guidance
 from unicfg.cli import expand_lists, main
 from unicfg.evaluation import study as studies
+from unicfg.evaluation import tasks
+from unicfg.evaluation.features import find_features
+from unicfg.evaluation.provenance import versions
 from unicfg.evaluation.results import COLUMNS, Cell, Results
 from unicfg.evaluation.study import Study, Variant, read_study, run
 from unicfg.guidance.schedules import interval
@@ -315,6 +320,182 @@ def test_a_variant_that_fits_no_family_is_refused_and_one_left_out_is_told(weigh
     results = run(plan, tmp_path / "out", progress=False)
     left = [(own["family"], own["variant"]) for own in results.settings["left_out"]]
     assert left == [("flow", "trust"), ("hybrid", "trust")]
+
+
+def test_options_of_a_variant_reach_all_that_is_drawn(weights, tmp_path, monkeypatch):
+    cold = Variant("cold", sampler={"temperature": 0})
+    few = Variant("few", sampler={"solver": "heun", "steps": 3})
+    drawn, real = {}, studies._draw
+
+    def draw(pipe, *a):
+        return drawn.setdefault((pipe.family, len(drawn)), real(pipe, *a))
+
+    monkeypatch.setattr(studies, "_draw", draw)
+    plan = Study(weights, variants=(cold, few), families=("ar", "flow"), **SMALL)
+    results = run(plan, tmp_path / "out", progress=False)
+    left = [(own["family"], own["variant"], own["reason"]) for own in results.settings["left_out"]]
+    assert [own[:2] for own in left] == [("ar", "few"), ("flow", "cold")]
+    assert "solver is 'heun', which the family ar does not have" in left[0][2]
+    assert "temperature is 0.0, which the family flow does not have" in left[1][2]
+    assert [own.cell.variant for own in results.cells] == ["cold", "cold", "few", "few"]
+    scenes = make_shapes(20, size=16, seed=77, wrong=0.0)
+    for cell, options in (
+        (Cell("ar", "cold", 3.0), {"temperature": 0.0}),
+        (Cell("flow", "few", 3.0), {"solver": "heun", "steps": 3}),
+    ):
+        pipe = TextToImage.from_pretrained(weights, cell.family)
+        calls = {"seeds": range(20), "guidance": Guidance(3.0)}
+        images = pipe(scenes.captions, **calls, **options)
+        sheet = tiles(results.folder / cell.folder / "images.png", 16)
+        for own, image in zip(sheet, images, strict=False):
+            assert np.array_equal(own, np.asarray(image))
+        plain = pipe(scenes.captions, **calls)
+        assert any(np.any(np.subtract(a, b, dtype=int)) for a, b in zip(images, plain, strict=True))
+        # the last moment of what is on its way is the image itself
+        way = np.asarray(Image.open(results.folder / cell.folder / "steps.png"))
+        assert np.array_equal(way[:16, -16:], sheet[0])
+        assert way.shape == (32, min(8, options.get("steps", 16)) * 16, 3)
+    # what is drawn many times: without chance every seed gives the same image
+    ar, flow = (own for (_, i), own in drawn.items() if i in (1, 3))
+    each = ar.opened.unflatten(0, (-1, 3))
+    torch.testing.assert_close(each, each[:, :1].expand_as(each), atol=1e-5, rtol=0)
+    assert len(flow.trace.progress) == 3
+    # two evaluations a step but for the last one, two branches, and 2 x 2 patches
+    assert results.cells[-1].measures["positions"].value == 5 * 2 * 4
+
+
+def test_rows_that_are_not_run_cost_nothing(weights, tmp_path):
+    plain = Variant(sampler={"steps": 5})
+    rarely = Variant("refresh", sampler={"steps": 5, "refresh": 2})
+    results = run(
+        Study(weights, variants=(plain, rarely), families=("flow",), **SMALL),
+        tmp_path / "out",
+        progress=False,
+    )
+    found = {
+        (own.cell.variant, own.cell.s): own.measures["positions"].value for own in results.cells
+    }
+    # 4 patches; of 5 steps 3 run both branches
+    assert found == {("plain", 1): 20, ("plain", 3): 40, ("refresh", 1): 20, ("refresh", 3): 32}
+
+
+def test_a_hybrid_can_be_guided_elsewhere_than_in_its_head(weights, tmp_path):
+    both = Variant("both", sampler={"guide_at": "both", "steps": 2})
+    plan = Study(weights, variants=(both,), families=("hybrid",), **SMALL)
+    cell = run(plan, tmp_path / "out", progress=False).cells[1]
+    assert cell.failure is None and cell.measures["positions"].value == 32
+    assert "states" in cell.missing["strength"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1.0, expected a finite number >= 0"),
+        ({"top_k": 0}, "top_k is 0, expected an int >= 1"),
+        ({"top_p": 1.5}, "top_p is 1.5, expected 0 < top_p <= 1"),
+        ({"solver": "euler"}, "solver is 'euler', expected one of ddim"),
+        ({"steps": 0}, "steps is 0, expected an int of at least 1"),
+        ({"refresh": -1}, "refresh is -1, expected an int >= 1"),
+        ({"guide_at": "nowhere"}, "guide_at is 'nowhere', expected one of head"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_drawn(
+    weights, tmp_path, options, message
+):
+    plan = Study(weights, variants=(Variant(), Variant("odd", sampler=options)), **SMALL)
+    with pytest.raises(ValueError, match=f"^the variant 'odd': {message}"):
+        run(plan, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 1}, "temprature is 1, which is no option of a variant: expected one of st"),
+        ({"compile": True}, "compile is True, which is no option"),
+        ({"mask": "a.png"}, "mask is 'a.png', which is no option"),
+        ({"temperature": "warm"}, "temperature is 'warm', expected a finite number"),
+        ({"temperature": True}, "temperature is True, expected a finite number"),
+        ({"top_p": math.nan}, "top_p is nan, expected a finite number"),
+        ({"top_p": None}, "top_p is None, expected a finite number"),
+        ({"steps": 8.0}, "steps is 8.0, expected an int"),
+        ({"steps": True}, "steps is True, expected an int"),
+        ({"steps": 10**9}, "steps is 1000000000, expected an int of at most 1000000"),
+        ({"solver": 3}, "solver is 3, expected a text"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^the variant 'odd': {message}"):
+        Variant("odd", sampler=options)
+
+
+def test_options_that_no_family_has_are_refused(weights, tmp_path):
+    halton = Variant("halton", sampler={"reveal": "halton"})
+    with pytest.raises(
+        ValueError, match=r"the variant 'halton' fits no family: reveal is 'halton'"
+    ):
+        run(Study(weights, variants=(halton,), **SMALL), tmp_path / "out", progress=False)
+
+
+def test_options_are_kept_in_files_and_change_what_a_cell_is_made_with(weights, tmp_path):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    settings = (
+        f"n: 20\ndraws: 3\nfeatures: pixels\nscales: [3]\nfamilies: [ar]\nweights: {weights}\n"
+    )
+    file.write_text(
+        settings + "variants: [{name: plain}, {name: cool, sampler: {temperature: 1, top_k: 3}}]\n"
+    )
+    plan = read_study(file)
+    cool = Variant("cool", sampler={"top_k": 3, "temperature": 1.0})
+    assert plan.variants == (Variant(), cool) and len({*plan.variants}) == 2
+    plain, other = run(plan, out, progress=False).cells
+    assert read_study(out / "study.json") == plan
+
+    def hashed(*parts):
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    # what cells were made with before variants had options: it must stay, or finished studies are drawn again
+    pipe = TextToImage.from_pretrained(weights, "ar")
+    task = tasks.read_task("shapes", 20, 16, draws=3)
+    images = [
+        hashlib.sha256(own.numpy().tobytes()).hexdigest()
+        for own in (task.real, task.others, task.opened)
+    ]
+    code = [inspect.getsource(module) for module in studies.MEASURED_BY]
+    of_features = inspect.getsource(inspect.getmodule(find_features("pixels")))
+    common = hashed(
+        *(task.prompts, task.open_prompts, [0, 3, "pixels"], images, None),
+        *(code, of_features, versions()),
+    )
+    sampler = {"temperature": 1.0, "compile": False, "top_k": None, "top_p": None}
+    assert list(pipe.sampler_settings().items()) == list(sampler.items())
+    guided = ["s", "", 3.0]
+    assert plain.made_with == hashed(common, pipe.digest(), sampler, guided)
+    assert other.made_with == hashed(common, pipe.digest(), sampler | {"top_k": 3}, guided)
+
+    # a study that was written before goes on, and what is finished is not drawn again
+    times = {own: own.stat().st_mtime_ns for own in out.rglob("cell.json")}
+    held = json.loads((out / "study.json").read_text())
+    held["variants"]["plain"].pop("sampler")
+    held["study"]["variants"][0].pop("sampler")
+    (out / "study.json").write_text(json.dumps(held))
+    assert read_study(out / "study.json") == plan
+    more = dataclasses.replace(plan, variants=(*plan.variants, Variant("0", sampler={"top_k": 1})))
+    assert len(run(more, out, progress=False).cells) == 3
+    assert all(own.stat().st_mtime_ns == then for own, then in times.items())
+    assert read_study(out / "study.json") == more
+    warm = dataclasses.replace(plan, variants=(Variant("cool", sampler={"top_k": 4}),))
+    with pytest.raises(ValueError, match="differs in the variant 'cool'"):
+        run(warm, out, progress=False)
+
+    for text, message in (
+        ("[top_k]", "sampler"),
+        ("{3: 3}", "sampler"),
+        ("{top_k: many}", "the variant 'cool': top_k is 'many', expected an int"),
+    ):
+        file.write_text(f"variants: [{{name: cool, sampler: {text}}}]\n")
+        with pytest.raises(ValueError, match=message):
+            read_study(file)
 
 
 def test_an_error_of_ones_own_features_stops_the_study_and_keeps_no_failure(

@@ -148,7 +148,7 @@ def _typed(values: dict[str, Any], section: type[Any], within: str = "") -> dict
         if key not in known:
             raise ValueError(f"{within}unknown key {key!r:.100}, expected one of {sorted(known)}")
         kind, factory = str(known[key].type), known[key].default_factory
-        if isinstance(factory, type):
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
             if not isinstance(value, dict):
                 raise ValueError(f"{within}{key} is {value!r:.100}, expected a section of keys")
             value = _typed(value, factory, f"{within}{key}: ")

@@ -11,10 +11,10 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.folders import held_families
+from models.pipeline import Options
 from tokenizers_vq.files import FORMAT_VERSION, read_json, write_text_atomically
 from tokenizers_vq.images import to_images
 from unicfg.evaluation import (
@@ -45,6 +46,7 @@ from unicfg.evaluation.results import (
     Cell,
     CellResult,
     Results,
+    finite_number,
     plain,
     read_cell,
     read_settings,
@@ -63,27 +65,60 @@ MOMENTS = 8
 MOST_FAMILY_CELLS = 10_000
 MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
+# the options of a call that a file can hold: those that are a number or a text
+SAMPLER_OPTIONS = {
+    name: kind
+    for name, hint in get_type_hints(Options).items()
+    for kind in (int, float, str)
+    if hint in (kind, kind | None)
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to guide, at every scale of the study.
+    """One way to guide and to sample, at every scale of the study.
 
     Attributes:
         name: for people.
         scale: a schedule of s as :func:`unicfg.guidance.spelling.read_scale` takes it, as in "interval(s, 0.2, 0.8)".
         mitigations: as :func:`unicfg.guidance.spelling.read_mitigations` takes them, as in "tcfg + mimic_scale(3)".
         scales: only these of the study's; () is all of them.
+        sampler: options of :meth:`models.TextToImage.__call__` that are numbers or texts, as in {"temperature": 0.5}.
+
+    Raises:
+        ValueError: if there is no such option, or its value is of another type; names the variant and the option.
     """
 
     name: str = "plain"
     scale: str = "s"
     mitigations: str = ""
     scales: tuple[float, ...] = ()
+    sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)  # no dict has a hash
 
     def __post_init__(self) -> None:
-        """Keep scales as floats, as those of the study."""
+        """Keep scales as floats, as those of the study, and options as their types."""
         object.__setattr__(self, "scales", tuple(map(float, self.scales)))
+        own = {name: self._typed(name, value) for name, value in self.sampler.items()}
+        object.__setattr__(self, "sampler", own)
+
+    def _typed(self, name: str, value: object) -> int | float | str:
+        """An option's value; samplers check ranges, and leave types to the type checker, which a file does not pass."""
+        where, kind = f"the variant {self.name!r}: {name}", SAMPLER_OPTIONS.get(name)
+        if kind is float:
+            return float(finite_number(value, where))
+        if kind is int:
+            if isinstance(value, int) and not isinstance(value, bool) and value <= MOST:
+                return value
+            wanted = f"expected an int of at most {MOST}"
+        elif kind is str:
+            if isinstance(value, str):
+                return value
+            wanted = "expected a text"
+        else:
+            wanted = (
+                f"which is no option of a variant: expected one of {', '.join(SAMPLER_OPTIONS)}"
+            )
+        raise ValueError(f"{where} is {value!r:.100}, {wanted}")
 
     def at(self, s: float) -> Guidance:
         """The guidance at a scale.
@@ -104,7 +139,8 @@ class Study:
         n: images a cell.
         families: () is all that the weights hold.
         scales: s, none twice.
-        variants: of guidance; a variant whose mitigations have no meaning for a family is left out there.
+        variants: of guidance and sampling; where a family does not have a variant's options, or its mitigations no meaning
+            for it, the variant is left out.
         seed: of a cell's first image; the next has seed + 1.
         draws: images of each open prompt, for what is diverse within a prompt; 0 leaves that out.
         open_prompts: to be drawn many times; () takes those that suit the data.
@@ -196,7 +232,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
-        ValueError: if the weights do not hold a family, or ``out`` holds another study.
+        ValueError: if the weights do not hold a family, ``out`` holds another study, or a sampler refuses an option.
         OSError: if something cannot be written; what is finished stays.
         ImportError: if a measure needs what is not installed; names the extra.
     """
@@ -215,7 +251,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         draws=study.draws,
         open_prompts=study.open_prompts,
     )
-    grid, left_out = _grid(study, pipes)
+    grid, left_out = _grid(study, pipes, task.prompts[0])
     settings = _settings(study, task, pipes, left_out, state.num_processes)
     _fitting(out, settings)  # refused before features are computed
     work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
@@ -243,21 +279,24 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
 
 
 def _grid(
-    study: Study, pipes: Mapping[str, TextToImage]
+    study: Study, pipes: Mapping[str, TextToImage], prompt: str
 ) -> tuple[list[tuple[Cell, Variant]], list[dict[str, str]]]:
-    """Every cell, and which variants are left out of which family, because their mitigations have no meaning there.
+    """Every cell, and which variants are left out of which family, and why: see :class:`Study`.
 
     Raises:
-        ValueError: if a variant fits no family.
+        ValueError: if a variant fits no family, or has an option that is out of its range.
     """
     cells, left_out = [], []
     for family, pipe in pipes.items():
         for variant in study.variants:
             try:
                 variant.at(study.scales[0]).begin(pipe.space)
+                pipe.given(**variant.sampler)
             except ValueError as error:
                 left_out.append({"family": family, "variant": variant.name, "reason": str(error)})
                 continue
+            if variant.sampler:
+                _rehearse(pipe, variant, study.scales[0], prompt)
             chosen = variant.scales or study.scales
             cells += [(Cell(family, variant.name, s), variant) for s in study.scales if s in chosen]
     for variant in study.variants:
@@ -265,6 +304,30 @@ def _grid(
         if len(why) == len(pipes):
             raise ValueError(f"the variant {variant.name!r} fits no family: {why[0]}")
     return cells, left_out
+
+
+class _Begun(Exception):
+    """A sampling has come to its first step: the sampler has taken all that it was told."""
+
+
+def _rehearse(pipe: TextToImage, variant: Variant, s: float, prompt: str) -> None:
+    """Begin to draw with a variant's options and stop, for it is the sampler that knows their ranges.
+
+    Raises:
+        ValueError: if it refuses one; names the variant.
+    """
+
+    def stop(step: Step) -> None:
+        raise _Begun
+
+    # outputs that are not finite are told with the cells that have them
+    with suppress(_Begun, FloatingPointError):
+        try:
+            pipe.sample(
+                [prompt], seeds=[0], guidance=variant.at(s), callback=stop, **variant.sampler
+            )
+        except ValueError as error:
+            raise ValueError(f"the variant {variant.name!r}: {error}") from error
 
 
 class _Work:
@@ -300,7 +363,7 @@ class _Work:
 
     def made_with(self, cell: Cell, variant: Variant) -> str:
         """A hash of all that a cell's numbers depend on."""
-        settings = self.pipes[cell.family].sampler_settings()
+        settings = self.pipes[cell.family].sampler_settings() | {**variant.sampler}
         guided = [variant.scale, variant.mitigations, cell.s]
         return _hash(self.common, self.digests[cell.family], settings, guided)
 
@@ -319,8 +382,8 @@ class _Work:
         source = self.sources[cell.family]
         (folder / "cell.json").unlink(missing_ok=True)  # it speaks of pictures that are replaced
         try:
-            drawn = _draw(pipe, self.study, self.task, guidance, timed)
-            way = _on_its_way(pipe, self.study, self.task, guidance)
+            drawn = _draw(pipe, self.study, self.task, guidance, variant.sampler, timed)
+            way = _on_its_way(pipe, self.study, self.task, guidance, variant.sampler)
         except (FloatingPointError, ValueError) as error:
             for name in ("images.png", "steps.png"):
                 (folder / name).unlink(missing_ok=True)
@@ -329,6 +392,8 @@ class _Work:
             save_picture(_sheet(drawn.images, COLUMNS), folder / "images.png")
             save_picture(way, folder / "steps.png")
             tally = self.measuring.cell(drawn)
+            if not _in_head(variant.sampler):
+                tally.missing["strength"] = "the head was not run on the states of the prompt alone"
             trace = shown(drawn.trace, pipe.network.config.grid)
             result = CellResult(cell, tally.measures, tally.missing, trace, None, made_with, source)
         write_text_atomically(json.dumps(result.to_json()) + "\n", folder / "cell.json")
@@ -345,7 +410,19 @@ class _Work:
         write_text_atomically(json.dumps(held, indent=1) + "\n", file)
 
 
-def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance, timed: bool) -> Drawn:
+def _in_head(options: Mapping[str, Any]) -> bool:
+    """Whether guidance that a hybrid is given acts in its head, where it can be watched."""
+    return bool(options.get("guide_at", "head") == "head")
+
+
+def _draw(
+    pipe: TextToImage,
+    study: Study,
+    task: Task,
+    guidance: Guidance,
+    options: Mapping[str, Any],
+    timed: bool,
+) -> Drawn:
     """All images of a cell."""
     watch, last = Recorder(), _LastTokens()
 
@@ -353,14 +430,18 @@ def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance, timed
         watch(step)
         last(step)
 
-    images = pipe.sample(
-        task.prompts,
-        seeds=range(study.seed, study.seed + len(task.prompts)),
-        guidance=guidance,
-        batch_size=BATCH,
-        callback=see,
-        head_callback=watch.head if pipe.family == "hybrid" else None,
-    ).cpu()
+    # a step may take fewer rows than it has branches ("refresh"), or twice as many ("heun")
+    rows: list[int] = []
+    with pipe.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+        images = pipe.sample(
+            task.prompts,
+            seeds=range(study.seed, study.seed + len(task.prompts)),
+            guidance=guidance,
+            batch_size=BATCH,
+            callback=see,
+            head_callback=watch.head if pipe.family == "hybrid" and _in_head(options) else None,
+            **options,
+        ).cpu()
     opened, seconds = [images[:0]], []
     for prompt in task.open_prompts if study.draws else ():
         start = time.perf_counter()
@@ -370,16 +451,19 @@ def _draw(pipe: TextToImage, study: Study, task: Task, guidance: Guidance, timed
                 seeds=range(study.seed, study.seed + study.draws),
                 guidance=guidance,
                 batch_size=BATCH,
+                **options,
             ).cpu()
         )
         seconds.append((time.perf_counter() - start) / study.draws)
     trace, side = watch.trace(), pipe.network.config.grid
+    # "ar" and "hybrid" call parts of the network, on the rows that a step needs
+    passes = sum(rows) // len(images) if rows else int(trace.branches.sum())
     return Drawn(
         images,
         torch.cat(opened),
         last.ids(side),
         trace,
-        int(trace.branches.sum()) * _positions(pipe),
+        passes * _positions(pipe),
         torch.tensor(seconds if timed else []),
     )
 
@@ -411,10 +495,12 @@ class _LastTokens:
         return torch.cat(self.batches).cpu().unflatten(1, (side, side))
 
 
-def _on_its_way(pipe: TextToImage, study: Study, task: Task, guidance: Guidance) -> Image.Image:
+def _on_its_way(
+    pipe: TextToImage, study: Study, task: Task, guidance: Guidance, options: Mapping[str, Any]
+) -> Image.Image:
     """The first images at several moments: a row an image."""
     count = min(ON_THEIR_WAY, len(task.prompts))
-    steps = pipe.num_steps()
+    steps = pipe.num_steps(options.get("steps"))
     moments = {round(i * (steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
     seen: list[Tensor] = []
 
@@ -427,6 +513,7 @@ def _on_its_way(pipe: TextToImage, study: Study, task: Task, guidance: Guidance)
         seeds=range(study.seed, study.seed + count),
         guidance=guidance,
         callback=look,
+        **options,
     )
     return _sheet(torch.stack(seen, 1).flatten(0, 1), len(seen))
 
@@ -496,6 +583,9 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
         ValueError: if they differ in anything else.
     """
     before, now = held["study"], new["study"]
+    # studies that were written before a variant could say how to sample
+    earlier = {name: {"sampler": {}} | own for name, own in held["variants"].items()}
+    held = held | {"variants": earlier}
     other = [
         f"{name} ({before.get(name)!r} there, {value!r} here)"
         for name, value in now.items()
@@ -505,7 +595,7 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
     other += [
         f"the variant {name!r}"
         for name, own in held["variants"].items()
-        if any(both[name][key] != own.get(key) for key in ("scale", "mitigations"))
+        if any(both[name][key] != own.get(key) for key in ("scale", "mitigations", "sampler"))
     ]
     if other:
         raise ValueError(

@@ -161,12 +161,22 @@ def _variants(variants: Mapping[str, object]) -> Html:
     """How each is written, where a study says so."""
     if len(variants) < 2:
         return Html("")
-    keys = ("scale", "mitigations")
     rows = [
-        [name, *(how.get(key, "") for key in keys)] if isinstance(how, Mapping) else [name, how, ""]
+        [name, how.get("scale", ""), how.get("mitigations", ""), _call(how.get("sampler"))]
+        if isinstance(how, Mapping)
+        else [name, how, "", ""]
         for name, how in variants.items()
     ]
-    return table(["variant of guidance", *keys], rows, "words")
+    head = ["variant of guidance", "scale", "mitigations", "sampler"]
+    columns = len(head) if any(row[-1] for row in rows) else len(head) - 1
+    return table(head[:columns], [row[:columns] for row in rows], "words")
+
+
+def _call(options: object) -> str:
+    """Options of a sampler as they stand in a call; "" where there are none."""
+    if not isinstance(options, Mapping):
+        return ""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _networks(families: Mapping[str, Mapping[str, Any]]) -> Html:
