@@ -1,7 +1,7 @@
 # Two commands are the whole set-up: `make demo` draws pictures, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
-# one thread each: two that wait for one another are slower than one
+# one thread each, for two that wait for one another are slower than one; `make test-slow` runs with more
 PARALLEL := OMP_NUM_THREADS=1
 WORKERS := -n 2 --dist loadfile
 
@@ -97,8 +97,6 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png
-	$(BIN)/python benchmarks/composition.py --out benchmarks/results --plot docs/pictures/emoji-composition.png
-	$(BIN)/python benchmarks/ablations.py --out benchmarks/results --plot docs/pictures/shapes-ablations.png
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest .venv-wheel dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -4,8 +4,7 @@
 
 Prompts are the exact captions of images that no model was trained on (most captions of one object occur in training, with
 other images); scenes and seeds are the same for every family
-and scale. Families that draw tokens do so at every temperature asked for. Each finished cell is written at once, so an
-interrupted run goes on where it stopped.
+and scale. Each finished cell is written at once, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -43,17 +42,14 @@ def main() -> None:
     parser.add_argument("--weights", default="shapes")
     parser.add_argument("--families", nargs="+", help="all that the weights hold by default")
     parser.add_argument("--scales", nargs="+", type=float, default=[0, 1, 1.5, 2, 3, 5, 8, 15])
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[1], help="of tokens")
     parser.add_argument("-n", type=int, default=256, help="images a scale and family")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the curves (needs matplotlib)")
     options = parser.parse_args()
     if options.plot is not None:
         check_plot(options.plot)
-    for name in ("scales", "temperatures"):
-        values = getattr(options, name)
-        if len({f"{value:g}" for value in values}) != len(values):
-            parser.error(f"--{name} is {values}, expected none twice")
+    if len({f"{scale:g}" for scale in options.scales}) != len(options.scales):
+        parser.error(f"--scales is {options.scales}, expected none twice")
     scenes = make_shapes(options.n, seed=SCENES_SEED, wrong=0.0)
     families = options.families or held_families(options.weights)
     settings = {"weights": options.weights, "n": options.n, "scenes_seed": SCENES_SEED}
@@ -62,46 +58,28 @@ def main() -> None:
     pipes = {family: TextToImage.from_pretrained(options.weights, family) for family in families}
     fingerprints = {family: fingerprint(pipe) for family, pipe in pipes.items()}
     results["limits"] = limits(next(iter(pipes.values())).tokenizer, scenes)
-    rows = rows_of(families, options.temperatures)
-    jobs = [(name, scale) for name in rows for scale in options.scales]
+    jobs = [(family, scale) for family in families for scale in options.scales]
     with tqdm(jobs, desc="drawing and reading", unit="cell") as bar:
-        for name, scale in bar:
-            bar.set_postfix(family=name, s=scale)
-            family, sampler = rows[name]
-            cells = results["families"].get(name, {})
-            if cells.get("made_with") != fingerprints[family]:
-                cells = {
-                    "sampler": pipes[family].defaults() | sampler,
-                    "made_with": fingerprints[family],
-                }
-                results["families"][name] = cells
+        for family, scale in bar:
+            bar.set_postfix(family=family, s=scale)
+            made_with = fingerprints[family]
+            cells = results["families"].get(family, {})
+            if cells.get("made_with") != made_with:
+                cells = {"sampler": pipes[family].defaults(), "made_with": made_with}
+                results["families"][family] = cells
             if f"{scale:g}" not in cells:
-                cells[f"{scale:g}"] = as_dict(measure(pipes[family], scenes, scale, **sampler))
+                cells[f"{scale:g}"] = as_dict(measure(pipes[family], scenes, scale))
                 write_text_atomically(json.dumps(results, indent=1) + "\n", file)
-    command = f"python benchmarks/attributes.py --weights {options.weights} -n {options.n}"
-    command += f" --scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-    if options.temperatures != [1]:
-        command += f" --temperatures {' '.join(f'{t:g}' for t in options.temperatures)}"
-    page = table(results, list(rows), options.scales, command)
-    write_text_atomically(page, file.with_suffix(".md"))
-    print(page)
+    command = (
+        f"python benchmarks/attributes.py --weights {options.weights} -n {options.n} --scales "
+    )
+    command += " ".join(f"{scale:g}" for scale in options.scales)
+    write_text_atomically(
+        table(results, families, options.scales, command), file.with_suffix(".md")
+    )
+    print(table(results, families, options.scales, command))
     if options.plot is not None:
-        plot(results, list(rows), options.scales, options.plot)
-
-
-def rows_of(
-    families: Sequence[str], temperatures: Sequence[float]
-) -> dict[str, tuple[str, dict[str, float]]]:
-    """The rows of the table by name: a family and options of its sampler, for tokens one at each temperature."""
-    rows: dict[str, tuple[str, dict[str, float]]] = {}
-    for family in families:
-        if family not in ("ar", "masked"):
-            rows[family] = (family, {})
-            continue
-        for t in temperatures:
-            name = family if t == 1 else f"{family}, temperature {t:g}"
-            rows[name] = (family, {"temperature": t})
-    return rows
+        plot(results, families, options.scales, options.plot)
 
 
 def load(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -134,13 +112,13 @@ def check_plot(file: Path) -> None:
     check_picture_name(file)
 
 
-def measure(pipe: TextToImage, scenes: ImageSet, scale: float, **sampler: Any) -> Accuracy:
+def measure(pipe: TextToImage, scenes: ImageSet, scale: float) -> Accuracy:
     """Draw all captions, seed i for scene i, and read the images."""
     images = []
     for start in range(0, len(scenes), BATCH):
         captions = scenes.captions[start : start + BATCH]
         seeds = range(start, start + len(captions))
-        images.append(pipe.sample(captions, seeds=list(seeds), guidance=Guidance(scale), **sampler))
+        images.append(pipe.sample(captions, seeds=list(seeds), guidance=Guidance(scale)))
     return grade(torch.cat(images), scenes)
 
 

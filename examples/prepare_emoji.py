@@ -55,7 +55,7 @@ OPTIONAL_GROUPS = ("component", "flags")  # not pictures of a thing; flags are a
 LARGEST = 4096  # pixels a side of a picture
 VAL_CONCEPTS = 0.05  # share of concepts held out in all styles
 VAL_PAIRS = 0.10  # share of (concept, style) pairs held out of those that have all styles
-PAIRS_A_PART = 3  # lines with the whole caption for each line with a part of it
+PAIRS_A_PART = 3  # lines with the whole caption, beside one with the concept and one with the style
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from models import TextToImage
 from models.folders import held_families
 from tokenizers_vq import to_float
+from unicfg.training.encode import encode_batches
 from unicfg.training.families import training_data, training_loss
 from unicfg.training.recipe import Recipe, load_recipe
 from unicfg.training.shards import Shards
 from unicfg.training.sources import read_captions
 from unicfg.training.trainer import evaluate_tokenizer, validation_losses
-
-BATCH = 64
 
 
 def read_log(file: Path, key: str) -> list[dict[str, Any]]:
@@ -38,19 +37,12 @@ def read_log(file: Path, key: str) -> list[dict[str, Any]]:
 
 
 def shipped_loss(pipe: TextToImage, recipe: Recipe, images: Tensor, captions: list[str]) -> float:
-    """The loss of a pipeline's weights on images (N, 3, H, W) in [-1, 1] with captions, with the noise of the logs."""
-    encode = (
-        pipe.tokenizer.encode
-        if training_data(recipe.model.family) == "ids"
-        else pipe.tokenizer.encode_latents
-    )
-    codes = torch.cat([encode(part) for part in images.split(BATCH)])
-    if training_data(recipe.model.family) == "ids":
-        codes = codes.flatten(1)
+    """The loss of a pipeline's weights on uint8 images (N, 3, H, W) with captions, with the noise of the logs."""
+    codes = encode_batches(pipe.tokenizer, images, 0, torch.Generator())
+    data = codes["ids"].long() if training_data(pipe.family) == "ids" else codes["latents"]
     loss = training_loss(recipe.model, pipe.network)
-    return validation_losses(pipe.model, loss, codes, pipe.encode_prompts(captions))[
-        "validation_loss"
-    ]
+    cond = pipe.encode_prompts(captions)
+    return validation_losses(pipe.model, loss, data, cond)["validation_loss"]
 
 
 def summary(
@@ -117,19 +109,18 @@ def main() -> None:
     recipes = {name: file for name, file in recipes.items() if file is not None}
     for file in recipes.values():
         load_recipe(file)  # one that cannot be read is not shipped
+    trained_by = {pipe.family: load_recipe(options.recipe, pipe.family) for pipe in pipes}
     (held_out,) = Shards(options.run / "images" / "validation", ("images",)).first(512)
-    images = to_float(held_out)
-    captions = list(chain(*read_captions(options.run / "images", "validation")))[: len(images)]
+    captions = list(chain(*read_captions(options.run / "images", "validation")))[: len(held_out)]
     beside = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     for pipe in pipes:
         pipe.save_pretrained(beside, dtype=torch.int8)
     losses = {}
-    for family in held_families(beside):
+    for family, recipe in trained_by.items():
         shipped = TextToImage.from_pretrained(beside, family)
-        recipe = load_recipe(options.recipe, family)
-        losses[family] = shipped_loss(shipped, recipe, images, captions)
-    numbers, picture = evaluate_tokenizer(shipped.tokenizer, images)
+        losses[family] = shipped_loss(shipped, recipe, held_out, captions)
+    numbers, picture = evaluate_tokenizer(shipped.tokenizer, to_float(held_out))
     (beside / "README.md").write_text(
         f"{card}\n{summary(options.run, pipes, losses, len(held_out), numbers)}"
     )

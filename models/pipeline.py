@@ -205,7 +205,7 @@ class TextToImage:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list with at least one string")
         seeds = check_seeds(seeds, len(prompts))
-        given = self.given(**options)
+        given = self.check_options(**options)
         jobs = Jobs(prompts, seeds, guidance, branches, given.get("init_image"))
         jobs.check()
         size = self._batch_size(batch_size, jobs)
@@ -301,8 +301,11 @@ class TextToImage:
         fitting = (free_memory(self.device) // 2 - (one - each)) // each
         return max(1, min(fitting, MOST_AT_ONCE))
 
-    def given(self, **options: Unpack[Options]) -> dict[str, Any]:
-        """The options that say something; their values are checked by the sampler.
+    def check_options(self, **options: Unpack[Options]) -> dict[str, Any]:
+        """Options of a call without those that leave all as it is; the sampler checks their values.
+
+        Returns:
+            for ``steps=8, temperature=1.0`` and the family masked, {"steps": 8}.
 
         Raises:
             TypeError: if there is no such option.

@@ -69,7 +69,7 @@ def counts(tmp_path_factory):
         patch.setattr(ablations, "SCALES", (1.0, 3.0))
         for where, name in (
             (sources, "_write_round"),
-            (encode, "_encode"),
+            (encode, "encode_batches"),
             (trainer, "step_generator"),  # once a step of a model
             (trainer, "reconstruction_loss"),  # once a step of a tokenizer
             (ablations, "measure"),
@@ -160,7 +160,7 @@ def test_what_variants_share_is_made_once(finished):
     folder, took = finished
     assert took["_write_round"] == 1
     # training and validation images of base, prefix-8 and vq
-    assert took["_encode"] == 2 * 3
+    assert took["encode_batches"] == 2 * 3
     assert took["reconstruction_loss"] == 2  # vq has one of its own
     assert took["step_generator"] == STEPS * len(RUN) * len(FAMILIES)
     assert took["measure"] == 2 * len(RUN) * len(FAMILIES)

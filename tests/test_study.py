@@ -322,6 +322,19 @@ def test_a_variant_that_fits_no_family_is_refused_and_one_left_out_is_told(weigh
     assert left == [("flow", "trust"), ("hybrid", "trust")]
 
 
+def test_a_variant_is_tried_where_it_is_drawn_and_left_out_even_if_it_changes_nothing(
+    weights, tmp_path
+):
+    inverse = Variant("inverse", scale="linear(1, 1 / s)", scales=(3.0,))  # not at s = 0
+    usual = Variant("usual", sampler={"temperature": 1.0})
+    plan = Study(weights, variants=(inverse, usual), **{**SMALL, "scales": (0.0, 3.0)})
+    results = run(plan, tmp_path / "out", progress=False)
+    drawn = {(own.cell.family, own.cell.variant, own.cell.s) for own in results.cells}
+    assert {own[2] for own in drawn if own[1] == "inverse"} == {3.0}
+    left = [(own["family"], own["variant"], own["reason"]) for own in results.settings["left_out"]]
+    assert ("flow", "usual", "the family flow has no temperature") in left
+
+
 def test_options_of_a_variant_reach_all_that_is_drawn(weights, tmp_path, monkeypatch):
     cold = Variant("cold", sampler={"temperature": 0})
     few = Variant("few", sampler={"solver": "heun", "steps": 3})
@@ -338,6 +351,10 @@ def test_options_of_a_variant_reach_all_that_is_drawn(weights, tmp_path, monkeyp
     assert "solver is 'heun', which the family ar does not have" in left[0][2]
     assert "temperature is 0.0, which the family flow does not have" in left[1][2]
     assert [own.cell.variant for own in results.cells] == ["cold", "cold", "few", "few"]
+    for own in results.cells:  # what is recorded of tokens is what temperature and filters have not touched
+        unseen = own.cell.variant == "cold"
+        assert ({"strength", "entropy"} <= own.missing.keys()) == unseen
+        assert ("strength" in own.measures) is not unseen
     scenes = make_shapes(20, size=16, seed=77, wrong=0.0)
     for cell, options in (
         (Cell("ar", "cold", 3.0), {"temperature": 0.0}),

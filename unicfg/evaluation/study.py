@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.folders import held_families
-from models.pipeline import Options
+from models.pipeline import OPTIONS, Options
 from tokenizers_vq.files import FORMAT_VERSION, read_json, write_text_atomically
 from tokenizers_vq.images import to_images
 from unicfg.evaluation import (
@@ -62,6 +62,7 @@ from unicfg.settings import build, read_mapping
 
 ON_THEIR_WAY = 2  # images of a cell that are shown at several moments
 MOMENTS = 8
+SHARPENING = ("temperature", "top_k", "top_p")  # of tokens, after guidance
 MOST_FAMILY_CELLS = 10_000
 MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
@@ -289,15 +290,17 @@ def _grid(
     cells, left_out = [], []
     for family, pipe in pipes.items():
         for variant in study.variants:
+            chosen = variant.scales or study.scales
             try:
-                variant.at(study.scales[0]).begin(pipe.space)
-                pipe.given(**variant.sampler)
+                variant.at(chosen[0]).begin(pipe.space)
+                pipe.check_options(**variant.sampler)
+                for name in variant.sampler.keys() - set(OPTIONS[family]):
+                    raise ValueError(f"the family {family} has no {name}")
             except ValueError as error:
                 left_out.append({"family": family, "variant": variant.name, "reason": str(error)})
                 continue
             if variant.sampler:
-                _rehearse(pipe, variant, study.scales[0], prompt)
-            chosen = variant.scales or study.scales
+                _rehearse(pipe, variant, chosen[0], prompt)
             cells += [(Cell(family, variant.name, s), variant) for s in study.scales if s in chosen]
     for variant in study.variants:
         why = [own["reason"] for own in left_out if own["variant"] == variant.name]
@@ -394,6 +397,10 @@ class _Work:
             tally = self.measuring.cell(drawn)
             if not _in_head(variant.sampler):
                 tally.missing["strength"] = "the head was not run on the states of the prompt alone"
+            if pipe.space == "logits" and any(name in SHARPENING for name in variant.sampler):
+                for name in ("strength", "entropy"):  # of the guided distribution, as recorded
+                    tally.measures.pop(name, None)
+                    tally.missing[name] = "it is not seen what temperature and filters leave"
             trace = shown(drawn.trace, pipe.network.config.grid)
             result = CellResult(cell, tally.measures, tally.missing, trace, None, made_with, source)
         write_text_atomically(json.dumps(result.to_json()) + "\n", folder / "cell.json")

@@ -67,7 +67,7 @@ def encode_images(
     keys = ("ids", "latents", "text")
     pixels = Shards(images / part, ("images",))
     settings = f"crops {crops}"
-    if crops > 1:
+    if crops > 1 and shift > 0:
         settings += f", shift {shift} and seed {seed}"
     else:
         shift = seed = 0  # as nothing is shifted, they make no other codes
@@ -90,7 +90,7 @@ def encode_images(
                 if mine and not is_written(folder, number, made_from, settings):
                     (some,) = pixels.read(shard)
                     generator = torch.Generator().manual_seed(step_seed(seed, number))
-                    codes = _encode(tokenizer, some, shift if crop else 0, generator)
+                    codes = encode_batches(tokenizer, some, shift if crop else 0, generator)
                     codes["text"] = text.encode(captions).to(torch.int32)
                     write_shard(folder, number, codes, made_from)
                 bar.update(len(captions))
@@ -110,7 +110,7 @@ def _hash_of_text(text: PromptEncoder) -> str:
 
 
 @torch.no_grad()
-def _encode(
+def encode_batches(
     tokenizer: VQTokenizer, images: Tensor, shift: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Ids (N, L) and latents (N, C, h, w) of uint8 images (N, 3, H, W), each shifted at random."""

@@ -154,6 +154,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     codes = []
     for part, crops in (("train", recipe.model.crops), ("validation", 1)):
         # what makes other codes is in the name: families that differ in it have codes of their own
+        # (a recipe has shifts where it has crops, and nowhere else)
         shift, seed = (recipe.model.shift, recipe.model.training.seed) if crops > 1 else (0, 0)
         name = f"{part}-{crops}x{shift}" + (f"-seed{seed}" if seed else "")
         codes.append(
