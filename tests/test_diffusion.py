@@ -96,7 +96,8 @@ class Mixture:
 
 def name(build):
     """Id of a parameter: schedulers are built inside the tests, where what their library warns of is let pass."""
-    return build.func.__name__ if isinstance(build, partial) else str(build)[:30]
+    made = build.func if isinstance(build, partial) else build
+    return getattr(made, "__name__", str(made)[:30])  # a repr has an address, and two processes differ
 
 
 def run(model, cond=COND, seeds=SEEDS, s=3.0, **arguments):

@@ -351,7 +351,9 @@ def test_options_of_a_variant_reach_all_that_is_drawn(weights, tmp_path, monkeyp
     assert "solver is 'heun', which the family ar does not have" in left[0][2]
     assert "temperature is 0.0, which the family flow does not have" in left[1][2]
     assert [own.cell.variant for own in results.cells] == ["cold", "cold", "few", "few"]
-    for own in results.cells:  # what is recorded of tokens is what temperature and filters have not touched
+    for own in (
+        results.cells
+    ):  # what is recorded of tokens is what temperature and filters have not touched
         unseen = own.cell.variant == "cold"
         assert ({"strength", "entropy"} <= own.missing.keys()) == unseen
         assert ("strength" in own.measures) is not unseen
