@@ -357,24 +357,28 @@ def table(cells: Cells, references: dict[str, Any], command: str) -> str:
 
 
 def plot(cells: Cells, file: Path) -> None:
-    """A panel a measure and a colour a family; the second split is dashed, the third dotted."""
+    """A row a split, a panel a measure, a colour a family; by parts the lines are dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(MEASURES), 4), layout="constrained")
-    panels = figure.subplots(1, len(MEASURES), sharey=True)
-    for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
-        for (split, families), line in zip(cells.items(), ("-", "--", ":"), strict=False):
-            for i, (family, by_scale) in enumerate(families.items()):
+    figure = Figure(figsize=(3 * len(MEASURES) + 2, 3 * len(cells)), layout="constrained")
+    rows = figure.subplots(len(cells), len(MEASURES), sharex=True, sharey=True, squeeze=False)
+    for panels, (split, families) in zip(rows, cells.items(), strict=True):
+        names = list(dict.fromkeys(name.removesuffix(BY["parts"]) for name in families))
+        for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
+            for name, by_scale in families.items():
                 own = [cell[measure] for cell in by_scale.values()]
                 means, errors = ([100 * c[key] for c in own] for key in ("mean", "standard_error"))
-                name = f"{family}, {split}"
-                axes.errorbar(list(by_scale), means, errors, color=f"C{i}", ls=line, label=name)
-        axes.set(xlabel="scale s", title=label, ylim=(0, 101))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("drawings, %")
-    panels[-1].legend(fontsize="small")
+                colour = f"C{names.index(name.removesuffix(BY['parts']))}"
+                line = "--" if name.endswith(BY["parts"]) else "-"
+                axes.errorbar(list(by_scale), means, errors, color=colour, ls=line, label=name)
+            axes.set(title=label, ylim=(0, 101))
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(f"{split}: drawings, %")
+    for axes in rows[-1]:
+        axes.set_xlabel("scale s")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside right center")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=100)
 
 
 def drawn_pairs(pipe: TextToImage, data: ImageSet, scale: float, by: str) -> Image.Image:
