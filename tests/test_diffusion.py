@@ -97,7 +97,8 @@ class Mixture:
 def name(build):
     """Id of a parameter: schedulers are built inside the tests, where what their library warns of is let pass."""
     made = build.func if isinstance(build, partial) else build
-    return getattr(made, "__name__", str(made)[:30])  # a repr has an address, and two processes differ
+    # no repr of a function: it has an address, in which two processes differ
+    return getattr(made, "__name__", str(made)[:30])
 
 
 def run(model, cond=COND, seeds=SEEDS, s=3.0, **arguments):

@@ -63,6 +63,10 @@ def test_what_cannot_be_stored_is_refused():
 
 def test_a_pipeline_is_a_quarter_of_its_size_and_draws_nearly_the_same(tmp_path):
     pipe = TextToImage.from_pretrained("shapes", "flow")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # shipped weights are such integers already
+        for p in (*pipe.network.parameters(), *pipe.tokenizer.parameters()):
+            p *= 1 + 0.01 * torch.randn(p.shape, generator=generator)
     for dtype in (torch.float32, torch.int8):
         pipe.save_pretrained(tmp_path / str(dtype), dtype=dtype)
     whole, small = (

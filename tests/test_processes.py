@@ -227,7 +227,8 @@ def test_a_lost_process_ends_the_run_and_resuming_equals_never_stopping(tmp_path
         told, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     print(told)
-    assert "another process has ended" in told, told
+    # unless the launcher ended the other one before it could notice
+    assert "another process has ended" in told or "Signal 15 (SIGTERM)" in told, told
     assert not (out / "ar/config.json").exists()
     with torchrun(recipe, "--resume") as process:
         told, _ = process.communicate(timeout=200)
