@@ -55,7 +55,7 @@ OPTIONAL_GROUPS = ("component", "flags")  # not pictures of a thing; flags are a
 LARGEST = 4096  # pixels a side of a picture
 VAL_CONCEPTS = 0.05  # share of concepts held out in all styles
 VAL_PAIRS = 0.10  # share of (concept, style) pairs held out of those that have all styles
-PAIRS_A_PART = 3  # lines with the whole caption, beside one with the concept and one with the style
+WHOLE_CAPTIONS = 3  # of five lines a picture; one of the others has the concept, one the style
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Picture:
         if not parts or self.split != "train":
             return [("pair", self.text)]
         alone = [("concept", self.concept), ("style", f"emoji in {self.style} style")]
-        return [("pair", self.text)] * PAIRS_A_PART + alone
+        return [("pair", self.text)] * WHOLE_CAPTIONS + alone
 
     @property
     def file_name(self) -> str:

@@ -333,6 +333,8 @@ def test_a_variant_is_tried_where_it_is_drawn_and_left_out_even_if_it_changes_no
     assert {own[2] for own in drawn if own[1] == "inverse"} == {3.0}
     left = [(own["family"], own["variant"], own["reason"]) for own in results.settings["left_out"]]
     assert ("flow", "usual", "the family flow has no temperature") in left
+    plain = [own for own in results.cells if own.cell == Cell("ar", "usual", 3.0)]
+    assert len(plain) == 1 and "strength" in plain[0].measures  # temperature 1 leaves all as it is
 
 
 def test_options_of_a_variant_reach_all_that_is_drawn(weights, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ from unicfg.settings import build, read_mapping
 
 ON_THEIR_WAY = 2  # images of a cell that are shown at several moments
 MOMENTS = 8
-SHARPENING = ("temperature", "top_k", "top_p")  # of tokens, after guidance
+SHARPENING = {"temperature", "top_k", "top_p"}  # of tokens, after guidance
 MOST_FAMILY_CELLS = 10_000
 MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
@@ -397,7 +397,7 @@ class _Work:
             tally = self.measuring.cell(drawn)
             if not _in_head(variant.sampler):
                 tally.missing["strength"] = "the head was not run on the states of the prompt alone"
-            if pipe.space == "logits" and any(name in SHARPENING for name in variant.sampler):
+            if pipe.space == "logits" and SHARPENING & pipe.check_options(**variant.sampler).keys():
                 for name in ("strength", "entropy"):  # of the guided distribution, as recorded
                     tally.measures.pop(name, None)
                     tally.missing[name] = "it is not seen what temperature and filters leave"
