@@ -200,6 +200,15 @@ def test_numbers_of_the_page_on_studies_are_those_of_the_committed_tables():
                 assert f"{value:.{digits}f} +- {error:.{digits}f}" in page
             elif name == "shapes" and row["variant"] == "plain" and row["s"] == "15.0":
                 assert f"{value:.{digits}f}" in page
+    for row in csv.DictReader((ROOT / "docs/studies/tokens/results.csv").read_text().splitlines()):
+        measures = {"attributes": (100, 1), "whole_scene": (100, 1), "open_entropy": (1, 2)}
+        cells = [
+            f"{f * float(row[m]):.{d}f} +- {f * float(row[f'{m}_error']):.{d}f}"
+            for m, (f, d) in measures.items()
+        ]
+        words = "" if row["variant"] == "plain" else f"{row['variant']} "
+        start = f"| {row['family']} | {float(row['s']):g} | {words}| "
+        assert start + " | ".join(cells) + " |" in page
     own = read_study(ROOT / "docs/studies/shapes/study.json")
     # what is committed is what the file of the study asks for
     asked = read_study(ROOT / "examples/studies/shapes.yaml")
