@@ -93,7 +93,10 @@ def _with_blocks(network: Network, layers: Sequence[int], kind: type[Block]) -> 
 def _with_child(module: Network, name: str, child: nn.Module) -> Network:
     """A shallow copy with another child."""
     clone = copy.copy(module)
-    clone.__dict__["_modules"] = {**dict(module.named_children()), name: child}
+    held = clone.__dict__
+    # or a hook on one of the two would be on both
+    held.update({key: copy.copy(own) for key, own in held.items() if key.endswith("_hooks")})
+    held["_modules"] = {**dict(module.named_children()), name: child}
     return clone
 
 

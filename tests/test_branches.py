@@ -617,6 +617,19 @@ def test_a_perturbed_layer_sees_its_own_token_alone_and_a_skipped_one_nothing():
     assert torch.equal(without(x, COND[:1]), body.norm(x))
 
 
+def test_a_hook_on_a_network_is_not_on_the_one_that_was_made_worse():
+    model = network("masked")
+    worse, seen = skip_layers(model, [0]), []
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    with (
+        model.register_forward_pre_hook(lambda *_: seen.append("model")),
+        worse.register_forward_pre_hook(lambda *_: seen.append("worse")),
+    ):
+        model(ids, COND[:1])
+        worse(ids, COND[:1])
+    assert seen == ["model", "worse"]
+
+
 def test_layers_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"layers is \[2\], expected a list of some of 0 to 1"):
         skip_layers(network("ar"), [2])

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unicfg import Guidance
-from unicfg.guidance import mitigations, schedules
+from unicfg.guidance import branches, mitigations, schedules
 from unicfg.guidance.schedules import constant, interval, linear, noise_interval, table
 from unicfg.guidance.spelling import (
+    COMBINATIONS,
     MITIGATIONS,
     SCHEDULES,
     as_python,
@@ -39,11 +40,24 @@ REINS = dict.fromkeys(MITIGATIONS, "") | {
     "rescale": "0.7",
     "top_k_of_cond": "k=50",
 }
+WEIGHTS = {
+    "cfg_pp": "cfg_pp(0.6)",
+    "composed": "composed(cond=s, style=linear(1, s))",
+    "context_aware": "context_aware(alpha=0.5)",
+    "dexperts": "dexperts(s)",
+    "instruct_pix2pix": "instruct_pix2pix(s, 1.5)",
+    "negative": "negative(interval(s, 0.2, 0.8), 2 * s)",
+    "nested": "nested(s, s_inner=2)",
+    "perp_neg": "perp_neg(s, 1)",
+    "weak": "weak(linear(1, s), cfg=2)",
+    "weights": "weights(cond=s, uncond=1 - s)",
+}
 
 
 def python(text: str, s: float) -> object:
     """What Python makes of the text."""
     names = {name: getattr(schedules, name) for name in schedules.__all__}
+    names |= {name: getattr(branches, name) for name in branches.__all__}
     names |= {name: getattr(mitigations, name) for name in mitigations.__all__}
     return eval(text, {"s": s, "inf": math.inf, **names})
 
@@ -51,6 +65,8 @@ def python(text: str, s: float) -> object:
 def test_everything_public_can_be_spelled():
     assert set(SCALES) == set(SCHEDULES) == set(schedules.__all__) - {"at_levels"}
     assert set(REINS) == set(MITIGATIONS) == set(mitigations.__all__)
+    made = {name for name in branches.__all__ if not isinstance(getattr(branches, name), type)}
+    assert set(WEIGHTS) == set(COMBINATIONS) == made
 
 
 @pytest.mark.parametrize("text", [*SCALES.values(), "s", "4.0", "-s", " (2 + s) / 4 ", "-1 - -s"])
@@ -65,6 +81,43 @@ def test_a_mitigation_is_what_python_makes_of_it(name):
     text = f"{name}({REINS[name]})"
     assert read_mitigations(text) == (python(text, 0),)
     assert repr(read_mitigations(text)) == repr((python(text, 0),))
+
+
+@pytest.mark.parametrize("text", WEIGHTS.values())
+def test_weights_of_branches_are_what_python_makes_of_them(text):
+    expected, found = python(text, 2.0), read_guidance(text, 2.0, "tcfg")
+    again = run(as_python(text, 2.0, "tcfg"))
+    for guidance in (found, again):
+        assert repr(guidance.scale) == repr(expected)
+        assert guidance.mitigations == (mitigations.tcfg(),)
+        for progress in (0.0, 0.5, 1.0):
+            assert guidance.strengths_at(progress) == expected.strengths_at(progress)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("weak", r"weak has no brackets, expected weak\(s, cfg=1.0\)"),
+        ("weak(s) + 1", r"'weak\(s\)' is no number"),
+        ("linear(weak(s), 1)", "linear: start is Weights"),
+        ("weak(weak(s))", "weak: s is Weights"),
+        ("weak(s, cfg=[1])", r"weak: cfg is \(1,\), expected a finite number or a schedule"),
+        ("composed(cond=[1])", r"composed: cond is \(1,\), expected a finite number or a schedule"),
+        ("composed(style=1)", "expected 'cond' among them"),
+        ("composed(1)", r"expected composed\(\*\*scales\)"),
+        ("weights(cond=s, uncond=1)", "add up to 3.0 at progress 0.0, expected 1"),
+        ("negative(s)", r"missing a required argument: 'away', expected negative\(s, away\)"),
+        ("weaker(s)", "unknown function 'weaker', expected weak"),
+    ],
+)
+def test_other_texts_are_refused_as_weights_of_branches(text, what):
+    with pytest.raises(ValueError, match=f"^scale ['\"].*{what}"):
+        read_guidance(text, 2.0)
+
+
+def test_a_scale_alone_is_no_weights_of_branches():
+    with pytest.raises(ValueError, match=r"scale 'weak\(s\)': unknown function 'weak'"):
+        read_scale("weak(s)", 2.0)
 
 
 def test_values_by_hand():

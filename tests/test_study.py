@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +19,21 @@ from PIL import Image
 from tiny import CAPTIONS, pipeline
 
 from models import TextToImage
+from models.perturb import perturb_attention, skip_layers
 from tokenizers_vq import to_float
 from tokenizers_vq.images import to_images
-from unicfg import Guidance
+from unicfg import Branch, Guidance
 from unicfg.cli import expand_lists, main
 from unicfg.evaluation import study as studies
 from unicfg.evaluation import tasks
 from unicfg.evaluation.features import find_features
 from unicfg.evaluation.provenance import versions
+from unicfg.evaluation.report import write_report
 from unicfg.evaluation.results import COLUMNS, Cell, Results
-from unicfg.evaluation.study import Study, Variant, read_study, run
-from unicfg.guidance.schedules import interval
+from unicfg.evaluation.study import Study, read_study, run
+from unicfg.evaluation.variants import Variant
+from unicfg.guidance import branches
+from unicfg.guidance.schedules import interval, linear
 from unicfg.training.shapes import make_shapes
 
 SMALL = {"n": 20, "draws": 3, "features": "pixels", "scales": (1.0, 3.0)}
@@ -140,11 +145,11 @@ def test_a_study_goes_on_where_it_was_stopped_and_gives_the_same_numbers(
     whole = run(plan, tmp_path / "whole", progress=False)
     finished, real = [], studies._Work.finish
 
-    def stopped(self, cell, variant, *, timed):
+    def stopped(self, job, *, timed):
         if len(finished) == 2:
             raise KeyboardInterrupt
-        real(self, cell, variant, timed=timed)
-        finished.append(cell)
+        real(self, job, timed=timed)
+        finished.append(job.cell)
 
     monkeypatch.setattr(studies._Work, "finish", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -429,6 +434,133 @@ def test_options_out_of_range_are_refused_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Another training of two of the families, with the same tokenizer and text."""
+    out = tmp_path_factory.mktemp("others") / "tiny"
+    for family in ("ar", "flow"):
+        pipe = pipeline(family=family)
+        for parameter in pipe.network.parameters():
+            parameter.data.mul_(0.8)
+        pipe.save_pretrained(out)
+    return str(out)
+
+
+@pytest.mark.parametrize("family", ["ar", "flow"])
+def test_branches_of_a_variant_are_what_the_pipeline_draws(weights, others, tmp_path, family):
+    variants = (
+        Variant(),
+        Variant("other", "weak(s)", branches={"weak": {"weights": others}}),
+        Variant("skipped", "weak(linear(1, s))", branches={"weak": {"skip_layers": [0]}}),
+        Variant("blind", "weak(s, cfg=2)", branches={"weak": {"perturb_attention": [-1]}}),
+        Variant("away", "negative(s, 1)", branches={"negative": "a red circle"}),
+    )
+    plan = Study(weights, variants=variants, families=(family,), **{**SMALL, "scales": (3.0,)})
+    results = run(plan, tmp_path / "out", progress=False)
+    scenes = make_shapes(20, size=16, seed=77, wrong=0.0)
+    pipe = TextToImage.from_pretrained(weights, family)
+    other = TextToImage.from_pretrained(others, family)
+    skipped = Branch(model=skip_layers(pipe.network, [0]))
+    blind = Branch(model=perturb_attention(pipe.network, [-1]))
+    expected = {
+        "plain": (Guidance(3.0), None),
+        "other": (Guidance(branches.weak(3.0)), {"weak": other}),
+        "skipped": (Guidance(branches.weak(linear(1, 3.0))), {"weak": skipped}),
+        "blind": (Guidance(branches.weak(3.0, 2.0)), {"weak": blind}),
+        "away": (Guidance(branches.negative(3.0, 1.0)), {"negative": "a red circle"}),
+    }
+    cells = {own.cell.variant: own for own in results.cells}
+    assert cells.keys() == expected.keys()
+    sheets = {}
+    for name, (guidance, given) in expected.items():
+        images = pipe(scenes.captions, seeds=range(20), guidance=guidance, branches=given)
+        folder = results.folder / cells[name].cell.folder
+        sheets[name] = tiles(folder / "images.png", 16)[:20]
+        for own, image in zip(sheets[name], images, strict=True):
+            assert np.array_equal(own, np.asarray(image))
+        way = np.asarray(Image.open(folder / "steps.png"))
+        assert np.array_equal(way[:16, -16:], sheets[name][0])
+        assert cells[name].measures["strength"].value > 0
+    assert len({np.stack(own).tobytes() for own in sheets.values()}) == len(expected)
+    # every network that runs is paid for: two branches, or three
+    cost = {name: own.measures["positions"].value for name, own in cells.items()}
+    assert cost["other"] == cost["plain"] and cost["blind"] == cost["away"]
+    assert cost["away"] == cost["plain"] * 3 / 2
+    assert len({own.made_with for own in results.cells}) == len(expected)
+
+    # it can be read back, and a finished cell knows the weights that its branch had
+    assert read_study(results.folder / "study.json").variants == plan.variants
+    times = {own: own.stat().st_mtime_ns for own in results.folder.rglob("cell.json")}
+    run(plan, results.folder, progress=False)
+    assert all(own.stat().st_mtime_ns == then for own, then in times.items())
+    changed = tmp_path / "changed"
+    shutil.copytree(others, changed)
+    next(other.network.parameters()).data.add_(0.1)
+    other.save_pretrained(changed)
+    moved = Variant("other", "weak(s)", branches={"weak": {"weights": str(changed)}})
+    again = dataclasses.replace(plan, variants=(moved,))
+    (redrawn,) = run(again, tmp_path / "moved", progress=False).cells
+    assert redrawn.made_with != cells["other"].made_with
+    with pytest.raises(ValueError, match="differs in the variant 'other'"):
+        run(again, results.folder, progress=False)
+
+
+def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_path):
+    file = tmp_path / "study.yaml"
+    head = "n: 20\ndraws: 0\nfeatures: pixels\nscales: [3]\n" + f"weights: {weights}\n"
+    file.write_text(
+        head
+        + "variants:\n"
+        + "  - {name: skipped, scale: weak(s), branches: {weak: {skip_layers: [0]}}}\n"
+        + f"  - {{name: other, scale: weak(s), branches: {{weak: {{weights: {others}}}}}}}\n"
+        + "  - {name: away, scale: 'perp_neg(s, 1)', branches: {negative: a red circle}}\n"
+    )
+    results = run(read_study(file), tmp_path / "out", progress=False)
+    left = [(own["family"], own["variant"], own["reason"]) for own in results.settings["left_out"]]
+    # other weights hold two families, and an angle has no meaning in logits
+    assert [own[:2] for own in left] == [("ar", "away"), ("hybrid", "other")]
+    assert "logits" in left[0][2] and "holds the families ar, flow, not hybrid" in left[1][2]
+    drawn = [(own.cell.family, own.cell.variant) for own in results.cells]
+    assert drawn == [
+        *(("ar", name) for name in ("skipped", "other")),
+        *(("flow", name) for name in ("skipped", "other", "away")),
+        *(("hybrid", name) for name in ("skipped", "away")),
+    ]
+    write_report(results.folder)
+    page = (results.folder / "report.html").read_text()
+    assert "weak={&#x27;skip_layers&#x27;: [0]}" in page or "weak={'skip_layers': [0]}" in page
+
+
+@pytest.mark.parametrize(
+    ("scale", "own", "message"),
+    [
+        ("weak(s)", {}, r"has the branches \[\], expected \['weak'\], which its scale 'weak\(s\)'"),
+        ("s", {"weak": {"skip_layers": [0]}}, r"has the branches \['weak'\], expected \[\]"),
+        ("weak(s)", {"negative": "a"}, r"has the branches \['negative'\], expected \['weak'\]"),
+        (
+            "weak(s)",
+            {"weak": {"skip_layers": 0}},
+            r"the branch 'weak' is .*, expected a prompt, {w",
+        ),
+        ("weak(s)", {"weak": {"skip_layers": [True]}}, "the branch 'weak' is"),
+        ("weak(s)", {"weak": {"prune": [0]}}, "the branch 'weak' is"),
+        ("weak(s)", {"weak": {}}, "the branch 'weak' is {}"),
+        ("weak(s)", {"weak": 3}, "the branch 'weak' is 3"),
+        ("weak(s)", {"weak": {"weights": 3}}, "the branch 'weak' is"),
+        ("weak(s)", {"weak": {"skip_layers": [9]}}, r"fits no family: layers is \[9\], expected"),
+        ("weak(s)", {"weak": {"weights": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_branches_that_cannot_be_run_are_refused(weights, tmp_path, scale, own, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(
+            Study(weights, variants=(Variant("x", scale, branches=own),), **SMALL),
+            tmp_path / "out",
+            progress=False,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -497,8 +629,9 @@ def test_options_are_kept_in_files_and_change_what_a_cell_is_made_with(weights, 
     # a study that was written before goes on, and what is finished is not drawn again
     times = {own: own.stat().st_mtime_ns for own in out.rglob("cell.json")}
     held = json.loads((out / "study.json").read_text())
-    held["variants"]["plain"].pop("sampler")
-    held["study"]["variants"][0].pop("sampler")
+    for name in ("sampler", "branches"):
+        held["variants"]["plain"].pop(name)
+        held["study"]["variants"][0].pop(name)
     (out / "study.json").write_text(json.dumps(held))
     assert read_study(out / "study.json") == plan
     more = dataclasses.replace(plan, variants=(*plan.variants, Variant("0", sampler={"top_k": 1})))

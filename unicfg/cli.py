@@ -328,7 +328,8 @@ def _study(
     """Make a study and its report; what is given on the command line takes the place of what the file says."""
     # imported here: drawing one prompt must not wait for the measures
     from unicfg.evaluation.report import write_report
-    from unicfg.evaluation.study import Study, Variant, read_study, run
+    from unicfg.evaluation.study import Study, read_study, run
+    from unicfg.evaluation.variants import Variant
 
     settings = Study() if file is None else read_study(file)
     changes: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

@@ -10,20 +10,20 @@ import inspect
 import json
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from models import TextToImage
 from models.folders import held_families
-from models.pipeline import OPTIONS, Options
+from models.pipeline import BranchLike
 from tokenizers_vq.files import FORMAT_VERSION, read_json, write_text_atomically
 from tokenizers_vq.images import to_images
 from unicfg.evaluation import (
@@ -46,15 +46,14 @@ from unicfg.evaluation.results import (
     Cell,
     CellResult,
     Results,
-    finite_number,
     plain,
     read_cell,
     read_settings,
 )
 from unicfg.evaluation.tasks import Task, read_task
+from unicfg.evaluation.variants import SHARPENING, Variant
 from unicfg.generation import BATCH
 from unicfg.guidance import Guidance
-from unicfg.guidance.spelling import read_guidance
 from unicfg.pictures import save_picture
 from unicfg.processes import join_processes
 from unicfg.sampling import Recorder, Step, TokenStep, UnmaskingStep, recorder
@@ -62,72 +61,9 @@ from unicfg.settings import build, read_mapping
 
 ON_THEIR_WAY = 2  # images of a cell that are shown at several moments
 MOMENTS = 8
-SHARPENING = {"temperature", "top_k", "top_p"}  # of tokens, after guidance
 MOST_FAMILY_CELLS = 10_000
 MOST = 1_000_000  # images of one cell, or of one prompt
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0)
-# the options of a call that a file can hold: those that are a number or a text
-SAMPLER_OPTIONS = {
-    name: kind
-    for name, hint in get_type_hints(Options).items()
-    for kind in (int, float, str)
-    if hint in (kind, kind | None)
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to guide and to sample, at every scale of the study.
-
-    Attributes:
-        name: for people.
-        scale: a schedule of s as :func:`unicfg.guidance.spelling.read_scale` takes it, as in "interval(s, 0.2, 0.8)".
-        mitigations: as :func:`unicfg.guidance.spelling.read_mitigations` takes them, as in "tcfg + mimic_scale(3)".
-        scales: only these of the study's; () is all of them.
-        sampler: options of :meth:`models.TextToImage.__call__` that are numbers or texts, as in {"temperature": 0.5}.
-
-    Raises:
-        ValueError: if there is no such option, or its value is of another type; names the variant and the option.
-    """
-
-    name: str = "plain"
-    scale: str = "s"
-    mitigations: str = ""
-    scales: tuple[float, ...] = ()
-    sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)  # no dict has a hash
-
-    def __post_init__(self) -> None:
-        """Keep scales as floats, as those of the study, and options as their types."""
-        object.__setattr__(self, "scales", tuple(map(float, self.scales)))
-        own = {name: self._typed(name, value) for name, value in self.sampler.items()}
-        object.__setattr__(self, "sampler", own)
-
-    def _typed(self, name: str, value: object) -> int | float | str:
-        """An option's value; samplers check ranges, and leave types to the type checker, which a file does not pass."""
-        where, kind = f"the variant {self.name!r}: {name}", SAMPLER_OPTIONS.get(name)
-        if kind is float:
-            return float(finite_number(value, where))
-        if kind is int:
-            if isinstance(value, int) and not isinstance(value, bool) and value <= MOST:
-                return value
-            wanted = f"expected an int of at most {MOST}"
-        elif kind is str:
-            if isinstance(value, str):
-                return value
-            wanted = "expected a text"
-        else:
-            wanted = (
-                f"which is no option of a variant: expected one of {', '.join(SAMPLER_OPTIONS)}"
-            )
-        raise ValueError(f"{where} is {value!r:.100}, {wanted}")
-
-    def at(self, s: float) -> Guidance:
-        """The guidance at a scale.
-
-        Raises:
-            ValueError: if a text cannot be read.
-        """
-        return read_guidance(self.scale, s, self.mitigations)
 
 
 @dataclass(frozen=True)
@@ -264,7 +200,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         work.refer()
     state.wait_for_everyone()
     # what is finished is not shared out, or a process might have nothing to do
-    todo = [own for own in grid if not work.is_finished(*own)]
+    todo = [own for own in grid if not work.is_finished(own)]
     state.wait_for_everyone()
     with tqdm(
         todo[state.process_index :: state.num_processes],
@@ -272,48 +208,74 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         unit="cell",
         disable=not (progress and state.is_main_process),
     ) as bar:
-        for cell, variant in bar:
-            bar.set_postfix_str(str(cell))
-            work.finish(cell, variant, timed=state.num_processes == 1)
+        for job in bar:
+            bar.set_postfix_str(str(job.cell))
+            work.finish(job, timed=state.num_processes == 1)
     state.wait_for_everyone()
     return Results.load(out)
 
 
+class _Job(NamedTuple):
+    """One cell, and how it is drawn."""
+
+    cell: Cell
+    variant: Variant
+    branches: dict[str, BranchLike]
+    digests: dict[str, str]  # of other weights that branches run
+
+    @property
+    def guidance(self) -> Guidance:
+        return self.variant.at(self.cell.s)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :meth:`models.TextToImage.sample` is told beside prompts and seeds."""
+        shared = {"branches": self.branches} if self.branches else {}
+        return {"guidance": self.guidance, **shared, **self.variant.sampler}
+
+
 def _grid(
     study: Study, pipes: Mapping[str, TextToImage], prompt: str
-) -> tuple[list[tuple[Cell, Variant]], list[dict[str, str]]]:
+) -> tuple[list[_Job], list[dict[str, str]]]:
     """Every cell, and which variants are left out of which family, and why: see :class:`Study`.
 
     Raises:
+        FileNotFoundError: if the weights of a branch are not there.
         ValueError: if a variant fits no family, or has an option that is out of its range.
     """
-    cells, left_out = [], []
+    jobs, left_out = [], []
     for family, pipe in pipes.items():
         for variant in study.variants:
             chosen = variant.scales or study.scales
             try:
-                variant.at(chosen[0]).begin(pipe.space)
-                pipe.check_options(**variant.sampler)
-                for name in variant.sampler.keys() - set(OPTIONS[family]):
-                    raise ValueError(f"the family {family} has no {name}")
+                variant.check_fits(pipe, chosen[0])
+                branches = variant.branches_for(pipe)
             except ValueError as error:
                 left_out.append({"family": family, "variant": variant.name, "reason": str(error)})
                 continue
-            if variant.sampler:
-                _rehearse(pipe, variant, chosen[0], prompt)
-            cells += [(Cell(family, variant.name, s), variant) for s in study.scales if s in chosen]
+            digests = {
+                k: own.digest() for k, own in branches.items() if isinstance(own, TextToImage)
+            }
+            own = [
+                _Job(Cell(family, variant.name, s), variant, branches, digests)
+                for s in study.scales
+                if s in chosen
+            ]
+            if variant.sampler or branches:
+                _rehearse(pipe, own[0], prompt)
+            jobs += own
     for variant in study.variants:
         why = [own["reason"] for own in left_out if own["variant"] == variant.name]
         if len(why) == len(pipes):
             raise ValueError(f"the variant {variant.name!r} fits no family: {why[0]}")
-    return cells, left_out
+    return jobs, left_out
 
 
 class _Begun(Exception):
     """A sampling has come to its first step: the sampler has taken all that it was told."""
 
 
-def _rehearse(pipe: TextToImage, variant: Variant, s: float, prompt: str) -> None:
+def _rehearse(pipe: TextToImage, job: _Job, prompt: str) -> None:
     """Begin to draw with a variant's options and stop, for it is the sampler that knows their ranges.
 
     Raises:
@@ -326,11 +288,9 @@ def _rehearse(pipe: TextToImage, variant: Variant, s: float, prompt: str) -> Non
     # outputs that are not finite are told with the cells that have them
     with suppress(_Begun, FloatingPointError):
         try:
-            pipe.sample(
-                [prompt], seeds=[0], guidance=variant.at(s), callback=stop, **variant.sampler
-            )
+            pipe.sample([prompt], seeds=[0], callback=stop, **job.options)
         except ValueError as error:
-            raise ValueError(f"the variant {variant.name!r}: {error}") from error
+            raise ValueError(f"the variant {job.variant.name!r}: {error}") from error
 
 
 class _Work:
@@ -364,29 +324,31 @@ class _Work:
         self.digests = {family: pipe.digest() for family, pipe in pipes.items()}
         self.sources = {family: _hash(self.common, own) for family, own in self.digests.items()}
 
-    def made_with(self, cell: Cell, variant: Variant) -> str:
+    def made_with(self, job: _Job) -> str:
         """A hash of all that a cell's numbers depend on."""
-        settings = self.pipes[cell.family].sampler_settings() | {**variant.sampler}
-        guided = [variant.scale, variant.mitigations, cell.s]
-        return _hash(self.common, self.digests[cell.family], settings, guided)
+        family, variant = job.cell.family, job.variant
+        settings = self.pipes[family].sampler_settings() | {**variant.sampler}
+        guided = [variant.scale, variant.mitigations, job.cell.s]
+        others = [dict(variant.branches), job.digests] if job.branches else []
+        return _hash(self.common, self.digests[family], settings, guided, *others)
 
-    def is_finished(self, cell: Cell, variant: Variant) -> bool:
+    def is_finished(self, job: _Job) -> bool:
         """Whether the cell is there, made with the same settings and code."""
-        file = self.out / cell.folder / "cell.json"
+        file = self.out / job.cell.folder / "cell.json"
         # a cell that cannot be read is drawn again
         with suppress(OSError, ValueError):
-            return read_cell(file).made_with == self.made_with(cell, variant)
+            return read_cell(file).made_with == self.made_with(job)
         return False
 
-    def finish(self, cell: Cell, variant: Variant, *, timed: bool) -> None:
+    def finish(self, job: _Job, *, timed: bool) -> None:
         """Draw and measure one cell."""
-        pipe, guidance = self.pipes[cell.family], variant.at(cell.s)
-        folder, made_with = self.out / cell.folder, self.made_with(cell, variant)
+        cell, pipe, sampler = job.cell, self.pipes[job.cell.family], job.variant.sampler
+        folder, made_with = self.out / cell.folder, self.made_with(job)
         source = self.sources[cell.family]
         (folder / "cell.json").unlink(missing_ok=True)  # it speaks of pictures that are replaced
         try:
-            drawn = _draw(pipe, self.study, self.task, guidance, variant.sampler, timed)
-            way = _on_its_way(pipe, self.study, self.task, guidance, variant.sampler)
+            drawn = _draw(pipe, self.study, self.task, job, timed)
+            way = _on_its_way(pipe, self.study, self.task, job)
         except (FloatingPointError, ValueError) as error:
             for name in ("images.png", "steps.png"):
                 (folder / name).unlink(missing_ok=True)
@@ -395,9 +357,9 @@ class _Work:
             save_picture(_sheet(drawn.images, COLUMNS), folder / "images.png")
             save_picture(way, folder / "steps.png")
             tally = self.measuring.cell(drawn)
-            if not _in_head(variant.sampler):
+            if not _in_head(sampler):
                 tally.missing["strength"] = "the head was not run on the states of the prompt alone"
-            if pipe.space == "logits" and SHARPENING & pipe.check_options(**variant.sampler).keys():
+            if pipe.space == "logits" and SHARPENING & pipe.check_options(**sampler).keys():
                 for name in ("strength", "entropy"):  # of the guided distribution, as recorded
                     tally.measures.pop(name, None)
                     tally.missing[name] = "it is not seen what temperature and filters leave"
@@ -422,16 +384,10 @@ def _in_head(options: Mapping[str, Any]) -> bool:
     return bool(options.get("guide_at", "head") == "head")
 
 
-def _draw(
-    pipe: TextToImage,
-    study: Study,
-    task: Task,
-    guidance: Guidance,
-    options: Mapping[str, Any],
-    timed: bool,
-) -> Drawn:
+def _draw(pipe: TextToImage, study: Study, task: Task, job: _Job, timed: bool) -> Drawn:
     """All images of a cell."""
     watch, last = Recorder(), _LastTokens()
+    in_head = pipe.family == "hybrid" and _in_head(job.variant.sampler)
 
     def see(step: Step) -> None:
         watch(step)
@@ -439,15 +395,17 @@ def _draw(
 
     # a step may take fewer rows than it has branches ("refresh"), or twice as many ("heun")
     rows: list[int] = []
-    with pipe.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+    with ExitStack() as hooks:
+        for network in _networks(pipe, job.branches):
+            hook = network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+            hooks.enter_context(hook)
         images = pipe.sample(
             task.prompts,
             seeds=range(study.seed, study.seed + len(task.prompts)),
-            guidance=guidance,
             batch_size=BATCH,
             callback=see,
-            head_callback=watch.head if pipe.family == "hybrid" and _in_head(options) else None,
-            **options,
+            head_callback=watch.head if in_head else None,
+            **job.options,
         ).cpu()
     opened, seconds = [images[:0]], []
     for prompt in task.open_prompts if study.draws else ():
@@ -456,9 +414,8 @@ def _draw(
             pipe.sample(
                 [prompt] * study.draws,
                 seeds=range(study.seed, study.seed + study.draws),
-                guidance=guidance,
                 batch_size=BATCH,
-                **options,
+                **job.options,
             ).cpu()
         )
         seconds.append((time.perf_counter() - start) / study.draws)
@@ -473,6 +430,15 @@ def _draw(
         passes * _positions(pipe),
         torch.tensor(seconds if timed else []),
     )
+
+
+def _networks(pipe: TextToImage, branches: Mapping[str, BranchLike]) -> list[nn.Module]:
+    """All that run: the pipeline's, and those of branches that have another."""
+    networks: list[nn.Module] = [pipe.network]
+    for own in branches.values():
+        other = own.network if isinstance(own, TextToImage) else getattr(own, "model", None)
+        networks += [other] if other is not None else []
+    return networks
 
 
 def _positions(pipe: TextToImage) -> int:
@@ -502,12 +468,10 @@ class _LastTokens:
         return torch.cat(self.batches).cpu().unflatten(1, (side, side))
 
 
-def _on_its_way(
-    pipe: TextToImage, study: Study, task: Task, guidance: Guidance, options: Mapping[str, Any]
-) -> Image.Image:
+def _on_its_way(pipe: TextToImage, study: Study, task: Task, job: _Job) -> Image.Image:
     """The first images at several moments: a row an image."""
     count = min(ON_THEIR_WAY, len(task.prompts))
-    steps = pipe.num_steps(options.get("steps"))
+    steps = pipe.num_steps(job.variant.sampler.get("steps"))
     moments = {round(i * (steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
     seen: list[Tensor] = []
 
@@ -518,9 +482,8 @@ def _on_its_way(
     pipe.sample(
         task.prompts[:count],
         seeds=range(study.seed, study.seed + count),
-        guidance=guidance,
         callback=look,
-        **options,
+        **job.options,
     )
     return _sheet(torch.stack(seen, 1).flatten(0, 1), len(seen))
 
@@ -539,6 +502,7 @@ def _sheet(images: Tensor, columns: int) -> Image.Image:
 
 # what may differ where a study goes on: other cells of the same images
 AXES = ("families", "scales", "variants")
+HOW = ("scale", "mitigations", "sampler", "branches")  # of a variant
 
 
 def _settings(
@@ -590,8 +554,10 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
         ValueError: if they differ in anything else.
     """
     before, now = held["study"], new["study"]
-    # studies that were written before a variant could say how to sample
-    earlier = {name: {"sampler": {}} | own for name, own in held["variants"].items()}
+    # studies that were written before a variant could say how to sample, or had branches
+    earlier = {
+        name: {"sampler": {}, "branches": {}} | own for name, own in held["variants"].items()
+    }
     held = held | {"variants": earlier}
     other = [
         f"{name} ({before.get(name)!r} there, {value!r} here)"
@@ -602,7 +568,7 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
     other += [
         f"the variant {name!r}"
         for name, own in held["variants"].items()
-        if any(both[name][key] != own.get(key) for key in ("scale", "mitigations", "sampler"))
+        if any(both[name][key] != own.get(key) for key in HOW)
     ]
     if other:
         raise ValueError(

@@ -7,6 +7,10 @@ is being studied; mitigations are joined by ``+``, in order, and one without arg
     interval(linear(1, 2 * s), 0.3, 1.0)
     tcfg + mimic_scale(3)
 
+In the place of a scale there can be the weights of several branches, by the names of ``unicfg.guidance.branches``:
+
+    weak(linear(1, s))
+
 What a schedule or a mitigation prints about itself can be read back.
 """
 
@@ -22,11 +26,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from unicfg.guidance import branches as _branches
 from unicfg.guidance import mitigations as _mitigations
 from unicfg.guidance import schedules as _schedules
-from unicfg.guidance.core import Guidance, Mitigation, Scale, Schedule, check_scale_value
+from unicfg.guidance.core import (
+    Combination,
+    Guidance,
+    Mitigation,
+    Scale,
+    Schedule,
+    check_scale_value,
+)
 
 __all__ = [
+    "COMBINATIONS",
     "MITIGATIONS",
     "SCHEDULES",
     "as_python",
@@ -43,6 +56,11 @@ SCHEDULES: Mapping[str, Maker] = {
 MITIGATIONS: Mapping[str, Maker] = {
     name: getattr(_mitigations, name) for name in _mitigations.__all__
 }
+COMBINATIONS: Mapping[str, Maker] = {
+    name: maker
+    for name in _branches.__all__
+    if inspect.isfunction(maker := getattr(_branches, name))
+}
 LONGEST, DEEPEST = 1000, 50  # far beyond what a person writes, well within what Python can parse
 
 
@@ -58,13 +76,19 @@ def read_scale(text: str, s: float) -> Scale | Schedule:
             in it. If ``s`` is not finite.
         TypeError: if ``s`` is no number, or ``text`` no str.
     """
+    value = _strength(text, s, SCHEDULES)
+    scale: Scale | Schedule = value
+    return scale
+
+
+def _strength(text: str, s: float, makers: Mapping[str, Maker]) -> Any:
+    """A scale, a schedule, or what else ``makers`` make of branches."""
     s = float(check_scale_value(s, "s"))
     with _naming("scale", text):
-        value = _value(_parsed(text), _Words(SCHEDULES, {"s": s, "inf": math.inf}))
-        if not _is_scale(value):
+        value = _value(_parsed(text), _Words(makers, {"s": s, "inf": math.inf}))
+        if not _is_scale(value) and not _is_combination(value):
             raise ValueError(f"it is {value!r}, expected a finite number or a schedule")
-        scale: Scale | Schedule = value
-        return scale
+        return value
 
 
 def read_mitigations(text: str) -> tuple[Mitigation, ...]:
@@ -87,7 +111,7 @@ def read_guidance(scale: str, s: float, mitigations: str = "") -> Guidance:
     """The guidance that two texts describe.
 
     Args:
-        scale: see :func:`read_scale`.
+        scale: see :func:`read_scale`; or weights of branches, see ``COMBINATIONS``, whose arguments are scales.
         s: what the letter s stands for in ``scale``, finite.
         mitigations: see :func:`read_mitigations`.
 
@@ -95,14 +119,15 @@ def read_guidance(scale: str, s: float, mitigations: str = "") -> Guidance:
         ValueError: see :func:`read_scale` and :func:`read_mitigations`.
         TypeError: if ``s`` is no number, or a text no str.
     """
-    return Guidance(read_scale(scale, s), read_mitigations(mitigations))
+    strength: Scale | Schedule | Combination = _strength(scale, s, {**SCHEDULES, **COMBINATIONS})
+    return Guidance(strength, read_mitigations(mitigations))
 
 
 def as_python(scale: str, s: float, mitigations: str = "") -> str:
     """Python code, imports included, whose last statement sets ``guidance`` to what :func:`read_guidance` returns.
 
     Args:
-        scale: see :func:`read_scale`.
+        scale: see :func:`read_guidance`.
         s: what the letter s stands for in ``scale``; the number takes its place.
         mitigations: see :func:`read_mitigations`.
 
@@ -117,13 +142,15 @@ def as_python(scale: str, s: float, mitigations: str = "") -> str:
     nodes = [node for tree in (strength, *calls) for node in ast.walk(tree)]
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     names = ", ".join(sorted(used & SCHEDULES.keys()))
+    combined = isinstance(strength, ast.Call) and not used.isdisjoint(COMBINATIONS)
+    modules = ["branches"] * combined + ["mitigations"] * bool(calls)
     imports = [
         "from math import inf\n" if "inf" in used else "",
         "from unicfg import Guidance",
-        "from unicfg.guidance import mitigations" if calls else "",
+        f"from unicfg.guidance import {', '.join(modules)}" if modules else "",
         f"from unicfg.guidance.schedules import {names}" if names else "",
     ]
-    arguments = [ast.unparse(strength)]
+    arguments = ["branches." * combined + ast.unparse(strength)]
     if calls:
         reined = ", ".join(f"mitigations.{ast.unparse(call)}" for call in calls)
         arguments.append(f"({reined},)" if len(calls) == 1 else f"({reined})")
@@ -284,14 +311,21 @@ def _called(node: ast.Call, words: _Words) -> Any:
     hints = get_type_hints(maker)
     for argument, value in arguments.items():
         wanted, fits = _KINDS[hints[argument]]
-        if not fits(value):
-            raise ValueError(f"{name}: {argument} is {value!r}, expected {wanted}")
+        # "**scales" holds several
+        each = value if isinstance(value, dict) else {argument: value}
+        for own, one in each.items():
+            if not fits(one):
+                raise ValueError(f"{name}: {own} is {one!r}, expected {wanted}")
     return maker(*given, **named)
 
 
 def _is_number(value: object) -> bool:
     # float() refuses integers that only look like numbers to work with
     return isinstance(value, (int, float)) and not math.isnan(float(value))
+
+
+def _is_combination(value: object) -> bool:
+    return hasattr(value, "branches_at")
 
 
 def _is_scale(value: object) -> bool:
@@ -318,9 +352,7 @@ _KINDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
 def _usage(name: str, words: _Words) -> str:
     """How a call looks, with its defaults."""
     parameters = inspect.signature(words.makers[name]).parameters.values()
-    shown = [
-        own.name if own.default is own.empty else f"{own.name}={own.default}" for own in parameters
-    ]
+    shown = [str(own.replace(annotation=own.empty)).replace(" ", "") for own in parameters]
     return f"{name}({', '.join(shown)})"
 
 

@@ -161,15 +161,24 @@ def _variants(variants: Mapping[str, object]) -> Html:
     """How each is written, where a study says so."""
     if len(variants) < 2:
         return Html("")
-    rows = [
-        [name, how.get("scale", ""), how.get("mitigations", ""), _call(how.get("sampler"))]
-        if isinstance(how, Mapping)
-        else [name, how, "", ""]
-        for name, how in variants.items()
-    ]
-    head = ["variant of guidance", "scale", "mitigations", "sampler"]
-    columns = len(head) if any(row[-1] for row in rows) else len(head) - 1
-    return table(head[:columns], [row[:columns] for row in rows], "words")
+    columns = {
+        "variant of guidance": list(variants),
+        "scale": [_said(how, "scale") for how in variants.values()],
+        "mitigations": [_said(how, "mitigations") for how in variants.values()],
+        "sampler": [_call(_said(how, "sampler")) for how in variants.values()],
+        "branches": [_call(_said(how, "branches")) for how in variants.values()],
+    }
+    # what no variant has is left out, but for what every study had from the first
+    rare = ("sampler", "branches")
+    shown = {head: own for head, own in columns.items() if head not in rare or any(own)}
+    return table(list(shown), list(zip(*shown.values(), strict=True)), "words")
+
+
+def _said(how: object, key: str) -> Any:
+    """What a variant says under a key; one that is a text alone says its scale."""
+    if isinstance(how, Mapping):
+        return how.get(key, "")
+    return how if key == "scale" else ""
 
 
 def _call(options: object) -> str:
