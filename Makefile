@@ -1,6 +1,8 @@
 # Two commands are the whole set-up: `make demo` draws pictures, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
+# what is imported is compiled then, and most of what is installed never is
+INSTALL := -m pip install --quiet --no-compile
 # one thread each, for two that wait for one another are slower than one; `make test-slow` runs with more
 PARALLEL := OMP_NUM_THREADS=1
 WORKERS := -n 2 --dist loadfile
@@ -10,13 +12,13 @@ WORKERS := -n 2 --dist loadfile
 # The constraints pin the tested set.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	# benchmarks/unet.py and its parity tests; without its torchvision, which needs another build of torch
-	$(BIN)/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	$(BIN)/python $(INSTALL) --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
 demo: .venv/installed
@@ -52,8 +54,8 @@ OTHER_TOOLS := kornia pytest pytest-timeout pytest-xdist hypothesis
 
 .venv-lowest/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[$(OTHER_EXTRAS)]' $(OTHER_TOOLS)
-	.venv-lowest/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	.venv-lowest/bin/python $(INSTALL) --constraint constraints-lowest.txt --editable '.[$(OTHER_EXTRAS)]' $(OTHER_TOOLS)
+	.venv-lowest/bin/python $(INSTALL) --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
 test-lowest: .venv-lowest/installed
@@ -63,8 +65,8 @@ test-lowest: .venv-lowest/installed
 .PHONY: .venv-newest/installed
 .venv-newest/installed:
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --editable '.[$(OTHER_EXTRAS),int8]' $(OTHER_TOOLS) $(VERSIONS)
-	.venv-newest/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	.venv-newest/bin/python $(INSTALL) --editable '.[$(OTHER_EXTRAS),int8]' $(OTHER_TOOLS) $(VERSIONS)
+	.venv-newest/bin/python $(INSTALL) --no-deps denoising-diffusion-pytorch==2.3.4
 
 test-newest: .venv-newest/installed
 	$(PARALLEL) .venv-newest/bin/python -m pytest $(WORKERS) $(TESTS)
@@ -80,11 +82,11 @@ test-newest-quick:
 wheel:
 	rm -rf dist
 	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet build twine
+	.venv-wheel/bin/python $(INSTALL) build twine
 	.venv-wheel/bin/python -m build --outdir dist
 	.venv-wheel/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	.venv-wheel/bin/python $(INSTALL) --constraint constraints.txt dist/*.whl
 	cd .venv-wheel && bin/unicfg generate "a red circle" --weights shapes -n 1 --out $(CURDIR)/out/wheel.png
 	rm -rf .venv-wheel
 

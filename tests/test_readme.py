@@ -22,6 +22,8 @@ from unicfg.training.shapes import make_shapes
 LEAST_ACCURACY = 90.0  # percent, of every family at its best scale
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SPEED = (ROOT / "docs/speed.md").read_text()
+STUDIES = (ROOT / "docs/studies/README.md").read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
@@ -53,7 +55,7 @@ def ratios(name):
     return found
 
 
-def test_speeds_of_the_readme_are_those_of_the_committed_tables():
+def test_speeds_of_the_readme_and_of_its_page_are_those_of_the_committed_tables():
     theirs, batched = "`transformers generate(guidance_scale=3)`", "transformers, both branches"
     minimal = "`a minimal loop, compiled, guided`"
     kinds = [
@@ -70,15 +72,17 @@ def test_speeds_of_the_readme_are_those_of_the_committed_tables():
             " / ".join(f"{own[key]} x" for key in kind) if kind[0] in own else "-"
             for own in machines
         ]
-        assert f"| {cells[0]} | {cells[1]} |" in README
-    masked, diffusion = ratios("masked"), ratios("diffusion")
-    peers = ("aMUSEd", "muse-maskgit-pytorch")
-    for cells in (
-        [masked[1, f"guided, against {who}, guided"] for who in peers],
-        [diffusion[batch, "guided, against DiTPipeline, guided"] for batch in (1, 8)],
-        [ratios("unet")[batch, "guided as theirs, against theirs"] for batch in (1, 8)],
+        assert f"| {cells[0]} | {cells[1]} |" in SPEED
+    for name, how in (
+        ("masked", "guided, against aMUSEd, guided"),
+        ("masked", "guided, against muse-maskgit-pytorch, guided"),
+        ("diffusion", "guided, against DiTPipeline, guided"),
+        ("unet", "guided as theirs, against theirs"),
     ):
-        assert f"| {' / '.join(value + ' x' for value in cells)} |" in README
+        cells = [f"{ratios(name)[batch, how]} x" for batch in (1, 8)]
+        assert f"| {' / '.join(cells)} |" in SPEED
+    short = README.split("| guided speed,")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(short) >= 5 and not set(short) - set(SPEED.splitlines())
 
 
 def test_the_time_of_a_hybrid_is_that_of_the_committed_table():
@@ -91,8 +95,8 @@ def test_the_time_of_a_hybrid_is_that_of_the_committed_table():
     narrow, wide, large = against_ar("hybrid")
     (compiled,) = against_ar("hybrid, compiled")
     assert max(narrow, wide) <= 3
-    assert f"| {narrow:.2f} x / {wide:.2f} x |" in README
-    assert f"| {large:.2f} x / {compiled:.2f} x |" in README
+    assert f"| {narrow:.2f} x / {wide:.2f} x |" in SPEED
+    assert f"| {large:.2f} x / {compiled:.2f} x |" in SPEED
 
 
 def test_the_divergence_of_int8_is_that_of_the_committed_table():
@@ -100,7 +104,7 @@ def test_the_divergence_of_int8_is_that_of_the_committed_table():
     found = [
         re.search(rf"\| {name} \| .*? \| .*? \| ([\d.]+) \|", table) for name in ("ar", "masked")
     ]
-    assert f"| {' / '.join(row.group(1) for row in found if row)} |" in README
+    assert f"| {' / '.join(row.group(1) for row in found if row)} |" in SPEED
 
 
 def test_accuracies_of_the_readme_are_those_of_the_committed_table():
@@ -124,16 +128,16 @@ def test_accuracies_of_the_readme_are_those_of_the_committed_table():
     assert f"from {at_1} to {at_3}" in README
 
 
-def test_compositions_of_the_readme_are_those_of_the_committed_table():
+def test_compositions_of_the_page_on_studies_are_those_of_the_committed_table():
     results = json.loads((ROOT / "benchmarks/results/emoji-composition.json").read_text())
     for split, what in (("val_pair", "unseen"), ("train", "seen")):
         for row, how in (("flow", "the whole caption"), ("flow, by parts", "its parts")):
             cells = [results["families"][row][split][s] for s in ("1", "2", "3", "5")]
-            for measure, label in (("concept_5", "thing"), ("style", "style")):
+            for measure, label in (("concept_5", "concept"), ("style", "style")):
                 own = [cell[measure] for cell in cells]
                 shown = (f"{100 * c['mean']:.1f} +- {100 * c['standard_error']:.1f}" for c in own)
                 line = f"| {what} pairs, by {how} | {label} | {' | '.join(shown)} |"
-                assert line in README.splitlines()
+                assert line in STUDIES.splitlines()
 
 
 def measured(row, at_1):
@@ -186,7 +190,7 @@ def test_guidance_draws_more_of_the_prompt_in_every_family(family):
 
 
 def test_numbers_of_the_page_on_studies_are_those_of_the_committed_tables():
-    page = (ROOT / "docs/studies/README.md").read_text()
+    page = STUDIES
     for name, measure, digits in (("shapes", "attributes", 1), ("emoji", "caption_top5", 1)):
         lines = (ROOT / f"docs/studies/{name}/results.csv").read_text().splitlines()
         rows = [
@@ -217,6 +221,17 @@ def test_numbers_of_the_page_on_studies_are_those_of_the_committed_tables():
     assert [t for t in targets if not (ROOT / "docs/studies" / t).exists()] == []
 
 
+STUDIED = ("emoji", "tokens")
+
+
+@pytest.mark.parametrize("name", STUDIED)
+def test_committed_studies_are_of_the_weights_that_ship(name):
+    settings = json.loads((ROOT / f"docs/studies/{name}/study.json").read_text())
+    for family, own in settings["families_settings"].items():
+        pipe = TextToImage.from_pretrained(settings["weights"], family)
+        assert own["weights_sha256"] == pipe.digest(), family
+
+
 def test_every_promise_names_tests_that_are_there():
     """docs/reliability.md: a cell names files, and tests of the file before them; those of minutes are marked slow."""
     promises = [
@@ -238,9 +253,9 @@ def test_every_promise_names_tests_that_are_there():
 
 def test_the_recipes_of_the_page_on_training_are_valid(tmp_path):
     blocks = re.findall(r"```yaml\n(.*?)```", Path("docs/training.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         file = tmp_path / "recipe.yaml"
-        file.write_text("out: run\n" + block)
+        file.write_text(block if block.startswith("out:") else "out: run\n" + block)
         recipe = load_recipe(file)
         assert recipe.data.path or recipe.tokenizer.pretrained in shipped_weights()

@@ -75,7 +75,7 @@ def run(file, *options):
 
 
 def test_shipped_recipes_are_valid():
-    for name in ("emoji", "emoji-tokenizer", "shapes"):
+    for name in ("emoji", "emoji-tokenizer", "shapes", "shapes-weak"):
         recipe = load_recipe(f"examples/recipes/{name}.yaml")
         assert recipe.model.family == "ar" and recipe.model.condition_dropout == 0.1
 

@@ -139,9 +139,10 @@ def _line(cond: Tensor, uncond: Tensor, s: Scale) -> Tensor:
 def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
     """The formula for any number of outputs: the sum of weight * output, with weights that add up to 1.
 
-    Two outputs are :func:`guide`. More go out from the first one along its differences from the others, so that one
-    mask and one precision serve all: what is masked (-inf) in the first stays masked, and another output that is
-    masked takes the value of the first there. A sample in which the first has no weight goes out from the next.
+    Two outputs are :func:`guide`. With more, the result is the first plus its weighted differences from the others, so that
+    one mask and one precision serve all: what is masked (-inf) in the first stays masked, and another output that is
+    masked takes the value of the first there. In a sample where the first has no weight, the next takes its
+    place.
 
     Args:
         outputs: (B, ...) each, of one dtype; the batch of all but the first may be 1.
@@ -251,7 +252,7 @@ def _check_scale(s: Scale, out: Tensor) -> Scale:
 def scale_from_w(w: Scale) -> Scale:
     """Convert w to s = 1 + w: the scale of ``cond + w * (cond - uncond)``, which is 0 without guidance.
 
-    Used by Ho and Salimans (arXiv 2207.12598), VAR, Show-o, LLaDA and Dia.
+    Used by Ho and Salimans (arXiv 2207.12598), VAR, Show-o, LLaDA, Meta's flow_matching and Dia.
     """
     return 1.0 + w
 
