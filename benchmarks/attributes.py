@@ -70,10 +70,11 @@ def main() -> None:
             if f"{scale:g}" not in cells:
                 cells[f"{scale:g}"] = as_dict(measure(pipes[family], scenes, scale))
                 write_text_atomically(json.dumps(results, indent=1) + "\n", file)
+    chosen = f" --families {' '.join(options.families)}" if options.families else ""
     command = (
-        f"python benchmarks/attributes.py --weights {options.weights} -n {options.n} --scales "
+        f"python benchmarks/attributes.py --weights {options.weights}{chosen} -n {options.n} --scales "
+        + " ".join(f"{scale:g}" for scale in options.scales)
     )
-    command += " ".join(f"{scale:g}" for scale in options.scales)
     write_text_atomically(
         table(results, families, options.scales, command), file.with_suffix(".md")
     )

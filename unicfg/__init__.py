@@ -1,4 +1,4 @@
-"""unicfg: one guidance for autoregressive and diffusion token models.
+"""unicfg: classifier-free guidance, written once, for autoregressive, masked, diffusion, flow and hybrid models.
 
 A model that runs with and without its condition gives a direction; guidance goes further along it. The formula
 stands in ``unicfg.guidance.core``, the samplers in ``unicfg.sampling``, the training wrapper in

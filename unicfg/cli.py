@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="One guidance for autoregressive and diffusion token models.",
+    help="Classifier-free guidance, written once, for autoregressive, masked, diffusion, flow and hybrid models.",
 )
 # ClickException, whether typer takes it from click or from the copy that newer versions bring
 ParserError: type[Exception] = typer.BadParameter.__mro__[2]

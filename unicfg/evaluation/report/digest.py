@@ -27,7 +27,7 @@ REFERENCES = ("real images", "reconstructions", "shuffled captions")
 
 
 def digest(results: Results) -> str:
-    """Two tables in Markdown, with the command that made them.
+    """Two tables in Markdown under a heading, with the command that made them.
 
     Args:
         results: of a study, finished or not.
@@ -36,7 +36,9 @@ def digest(results: Results) -> str:
     n, command = results.settings.get("n"), results.settings.get("command")
     made = f" Made by `{command}`." if command else ""
     lines = [
-        f"Estimates +- standard errors, {n} images a cell.{made}",
+        f"# Digest of a study of {results.settings.get('weights', 'one model')}",
+        "",
+        f"Estimates +- standard errors, {n} images per cell.{made}",
         "",
         *_table(["family", "s", *map(heading, names)], _over_scales(results, names)),
     ]
