@@ -1,7 +1,7 @@
 # Two commands are the whole set-up: `make demo` draws pictures, `make test` runs every check.
 PYTHON ?= python3
 BIN := .venv/bin
-# what is imported is compiled then, and most of what is installed never is
+# modules are compiled when they are first imported; most of what is installed never is
 INSTALL := -m pip install --quiet --no-compile
 # one thread each, for two that wait for one another are slower than one; `make test-slow` runs with more
 PARALLEL := OMP_NUM_THREADS=1
@@ -37,7 +37,7 @@ docs: .venv/installed-dev
 
 # The report and the page of unicfg demo, in a headless Chromium that is there.
 test-browser: .venv/installed-dev
-	$(BIN)/python -m pytest -m browser
+	$(PARALLEL) $(BIN)/python -m pytest -m browser
 
 # What takes minutes: kills, full disks, broken files, 100,000 images, threads, visitors. Writes the table of its results.
 test-slow: .venv/installed-dev
@@ -73,7 +73,7 @@ test-newest: .venv-newest/installed
 
 # What of them is quick enough for every change: the inner ring, and with the newest the integrations, too.
 test-lowest-quick:
-	$(MAKE) test-lowest TESTS="$(INNER)"
+	$(MAKE) test-lowest TESTS="$(INNER)" WORKERS="$(WORKERS)"
 
 test-newest-quick:
 	$(PARALLEL) .venv-newest/bin/python -m pytest $(WORKERS) $(INNER) $(HOSTS)

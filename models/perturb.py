@@ -95,7 +95,7 @@ def _with_child(module: Network, name: str, child: nn.Module) -> Network:
     clone = copy.copy(module)
     held = clone.__dict__
     # or a hook on one of the two would be on both
-    held.update({key: copy.copy(own) for key, own in held.items() if key.endswith("_hooks")})
+    held.update({key: copy.copy(own) for key, own in held.items() if "_hooks" in key})
     held["_modules"] = {**dict(module.named_children()), name: child}
     return clone
 

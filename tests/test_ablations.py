@@ -116,7 +116,8 @@ def test_each_variant_differs_from_the_base_in_what_it_says(tmp_path, monkeypatc
         assert (training.optimizer, training.precision) == ("adamw", "float32")
         assert (training.steps, training.batch_size, training.learning_rate) == (3000, 32, 1.5e-3)
         sizes = recipes["base"].model
-        assert (sizes.width, sizes.depth, sizes.heads) == (128, 6, 4)
+        width, heads = (160, 5) if family in ("ar", "masked") else (128, 4)
+        assert (sizes.width, sizes.depth, sizes.heads) == (width, 6, heads)
 
 
 def networks(family, make, folder):

@@ -628,6 +628,13 @@ def test_a_hook_on_a_network_is_not_on_the_one_that_was_made_worse():
         model(ids, COND[:1])
         worse(ids, COND[:1])
     assert seen == ["model", "worse"]
+    with model.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True):
+        worse = skip_layers(model, [0])
+    assert worse(ids, COND[:1]).shape == (
+        1,
+        16,
+        24,
+    )  # what is no longer on one is still on the other
 
 
 def test_layers_that_are_not_there_are_refused():

@@ -684,6 +684,7 @@ def test_in_a_browser_the_slider_shows_other_images(study, page):
 def test_the_digest_has_the_numbers_of_every_cell(study):
     write_report(study)
     text = (study / "digest.md").read_text()
+    assert text.startswith(f"# Digest of {study.name}\n\nEstimates")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     (ar,) = (row for row in rows if row[0] == "| ar" and row[1:3] == ["4", "91.0 +- 2.0"])
     assert ar[3:5] == ["1.40 +- 0.05", "16.0 +- 0.1"]

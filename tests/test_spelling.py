@@ -104,6 +104,7 @@ def test_weights_of_branches_are_what_python_makes_of_them(text):
         ("weak(s, cfg=[1])", r"weak: cfg is \(1,\), expected a finite number or a schedule"),
         ("composed(cond=[1])", r"composed: cond is \(1,\), expected a finite number or a schedule"),
         ("composed(style=1)", "expected 'cond' among them"),
+        ("composed(cond=s, uncond=1)", "composed: uncond is 1, expected other branches"),
         ("composed(1)", r"expected composed\(\*\*scales\)"),
         ("weights(cond=s, uncond=1)", "add up to 3.0 at progress 0.0, expected 1"),
         ("negative(s)", r"missing a required argument: 'away', expected negative\(s, away\)"),

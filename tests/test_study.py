@@ -493,16 +493,33 @@ def test_branches_of_a_variant_are_what_the_pipeline_draws(weights, others, tmp_
     times = {own: own.stat().st_mtime_ns for own in results.folder.rglob("cell.json")}
     run(plan, results.folder, progress=False)
     assert all(own.stat().st_mtime_ns == then for own, then in times.items())
-    changed = tmp_path / "changed"
-    shutil.copytree(others, changed)
-    next(other.network.parameters()).data.add_(0.1)
-    other.save_pretrained(changed)
-    moved = Variant("other", "weak(s)", branches={"weak": {"weights": str(changed)}})
-    again = dataclasses.replace(plan, variants=(moved,))
-    (redrawn,) = run(again, tmp_path / "moved", progress=False).cells
-    assert redrawn.made_with != cells["other"].made_with
+    moved = Variant("other", "weak(s)", branches={"weak": {"weights": weights}})
     with pytest.raises(ValueError, match="differs in the variant 'other'"):
-        run(again, results.folder, progress=False)
+        run(dataclasses.replace(plan, variants=(moved,)), results.folder, progress=False)
+
+
+def test_cells_of_a_branch_that_was_trained_again_are_drawn_again(weights, others, tmp_path):
+    weak = tmp_path / "weak"
+    shutil.copytree(others, weak)
+    variant = Variant("other", "weak(s)", branches={"weak": {"weights": str(weak)}})
+    plan = Study(
+        weights, variants=(Variant(), variant), families=("flow",), **SMALL | {"scales": (2.0, 3.0)}
+    )
+    first = run(plan, tmp_path / "out", progress=False)
+    (own,) = first.settings["branches"].values()
+    assert own == {"weak": TextToImage.from_pretrained(weak, "flow").digest()}
+    pipe = TextToImage.from_pretrained(weak, "flow")
+    next(pipe.network.parameters()).data.add_(0.1)
+    pipe.save_pretrained(weak)
+    half = dataclasses.replace(plan, scales=(2.0,))
+    again = run(half, tmp_path / "out", progress=False)
+    # at 3 the branch is of weights that are no more, and plain guidance has none
+    found = [(own.cell.variant, own.cell.s) for own in again.cells]
+    assert found == [("plain", 2.0), ("plain", 3.0), ("other", 2.0)]
+    old, new = ({own.cell: own.made_with for own in r.cells} for r in (first, again))
+    assert old[Cell("flow", "plain", 2.0)] == new[Cell("flow", "plain", 2.0)]
+    assert old[Cell("flow", "other", 2.0)] != new[Cell("flow", "other", 2.0)]
+    assert len(run(plan, tmp_path / "out", progress=False).cells) == 4
 
 
 def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_path):
@@ -513,7 +530,7 @@ def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_
         + "variants:\n"
         + "  - {name: skipped, scale: weak(s), branches: {weak: {skip_layers: [0]}}}\n"
         + f"  - {{name: other, scale: weak(s), branches: {{weak: {{weights: {others}}}}}}}\n"
-        + "  - {name: away, scale: 'perp_neg(s, 1)', branches: {negative: a red circle}}\n"
+        + "  - {name: away, scale: 'perp_neg(s, 1)', branches: {negative: a <b> circle}}\n"
     )
     results = run(read_study(file), tmp_path / "out", progress=False)
     left = [(own["family"], own["variant"], own["reason"]) for own in results.settings["left_out"]]
@@ -528,7 +545,8 @@ def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_
     ]
     write_report(results.folder)
     page = (results.folder / "report.html").read_text()
-    assert "weak={&#x27;skip_layers&#x27;: [0]}" in page or "weak={'skip_layers': [0]}" in page
+    assert "weak: skip_layers [0]" in page and "a &lt;b&gt; circle" in page
+    assert "a <b> circle" not in page
 
 
 @pytest.mark.parametrize(
@@ -547,8 +565,16 @@ def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_
         ("weak(s)", {"weak": {}}, "the branch 'weak' is {}"),
         ("weak(s)", {"weak": 3}, "the branch 'weak' is 3"),
         ("weak(s)", {"weak": {"weights": 3}}, "the branch 'weak' is"),
-        ("weak(s)", {"weak": {"skip_layers": [9]}}, r"fits no family: layers is \[9\], expected"),
-        ("weak(s)", {"weak": {"weights": "nowhere"}}, "nowhere"),
+        (
+            "weak(s)",
+            {"weak": {"skip_layers": [9]}},
+            r"no family: .* the branch 'weak': layers is \[9\], expected",
+        ),
+        (
+            "weak(s)",
+            {"weak": {"weights": "nowhere"}},
+            "the variant 'x': the branch 'weak': no pipeline at nowhere",
+        ),
     ],
 )
 def test_branches_that_cannot_be_run_are_refused(weights, tmp_path, scale, own, message):

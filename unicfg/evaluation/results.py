@@ -108,6 +108,11 @@ class Cell:
     s: float
 
     @property
+    def curve(self) -> str:
+        """What cells of all scales share, as a key: no family has a slash in its name."""
+        return f"{self.family}/{self.variant}"
+
+    @property
     def folder(self) -> str:
         """Where the cell lies in the study's folder; another for every cell."""
         words = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.variant).strip("_")[:40]
@@ -335,7 +340,7 @@ class Results:
             every.append(result)
         # cells of weights, code or data that are no longer those of their family are drawn again by the next run
         sources = settings.get("sources", {})
-        found = [own for own in every if sources.get(own.cell.family, own.source) == own.source]
+        found = [own for own in every if _source(sources, own) == own.source]
         return cls(settings, _references(folder / "reference.json"), tuple(found), folder)
 
     def of(self, family: str, variant: str = "plain") -> list[CellResult]:
@@ -347,6 +352,12 @@ class Results:
             and result.failure is None
         ]
         return sorted(own, key=lambda result: result.cell.s)
+
+
+def _source(sources: Mapping[str, str], result: CellResult) -> str:
+    """What a cell is to be made with: that of its curve, where it runs other weights besides, or of its family."""
+    cell = result.cell
+    return sources.get(cell.curve, sources.get(cell.family, result.source))
 
 
 def _references(file: Path) -> dict[str, dict[str, Estimate]]:

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from models import TextToImage
+from models import TextToImage, TokenTransformer
 from models.folders import held_families
 from models.pipeline import BranchLike
 from tokenizers_vq.files import FORMAT_VERSION, read_json, write_text_atomically
@@ -193,7 +193,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
     _fitting(out, settings)  # refused before features are computed
     work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
     if state.is_main_process:
-        settings |= {"command": command, "sources": work.sources}
+        settings |= {"command": command, "sources": work.sources(grid), "branches": _others(grid)}
         write_text_atomically(
             json.dumps(_fitting(out, settings), indent=1) + "\n", out / "study.json"
         )
@@ -246,7 +246,7 @@ def _grid(
     jobs, left_out = [], []
     for family, pipe in pipes.items():
         for variant in study.variants:
-            chosen = variant.scales or study.scales
+            chosen = [s for s in study.scales if s in (variant.scales or study.scales)]
             try:
                 variant.check_fits(pipe, chosen[0])
                 branches = variant.branches_for(pipe)
@@ -256,19 +256,22 @@ def _grid(
             digests = {
                 k: own.digest() for k, own in branches.items() if isinstance(own, TextToImage)
             }
-            own = [
-                _Job(Cell(family, variant.name, s), variant, branches, digests)
-                for s in study.scales
-                if s in chosen
+            drawn = [
+                _Job(Cell(family, variant.name, s), variant, branches, digests) for s in chosen
             ]
             if variant.sampler or branches:
-                _rehearse(pipe, own[0], prompt)
-            jobs += own
+                _rehearse(pipe, drawn[0], prompt)
+            jobs += drawn
     for variant in study.variants:
         why = [own["reason"] for own in left_out if own["variant"] == variant.name]
         if len(why) == len(pipes):
             raise ValueError(f"the variant {variant.name!r} fits no family: {why[0]}")
     return jobs, left_out
+
+
+def _others(jobs: Sequence[_Job]) -> dict[str, dict[str, str]]:
+    """The weights that branches run besides those of the family: a hash of each, by curve and branch."""
+    return {job.cell.curve: job.digests for job in jobs if job.digests}
 
 
 class _Begun(Exception):
@@ -322,7 +325,16 @@ class _Work:
             versions(),
         )
         self.digests = {family: pipe.digest() for family, pipe in pipes.items()}
-        self.sources = {family: _hash(self.common, own) for family, own in self.digests.items()}
+
+    def source(self, job: _Job) -> str:
+        """A hash of the weights, data and code of a cell, whatever its guidance."""
+        own = _hash(self.common, self.digests[job.cell.family])
+        return _hash(own, job.digests) if job.digests else own
+
+    def sources(self, jobs: Sequence[_Job]) -> dict[str, str]:
+        """Of every family, and of those of its variants that run other weights besides."""
+        own = {family: _hash(self.common, digest) for family, digest in self.digests.items()}
+        return own | {job.cell.curve: self.source(job) for job in jobs if job.digests}
 
     def made_with(self, job: _Job) -> str:
         """A hash of all that a cell's numbers depend on."""
@@ -344,7 +356,7 @@ class _Work:
         """Draw and measure one cell."""
         cell, pipe, sampler = job.cell, self.pipes[job.cell.family], job.variant.sampler
         folder, made_with = self.out / cell.folder, self.made_with(job)
-        source = self.sources[cell.family]
+        source = self.source(job)
         (folder / "cell.json").unlink(missing_ok=True)  # it speaks of pictures that are replaced
         try:
             drawn = _draw(pipe, self.study, self.task, job, timed)
@@ -394,11 +406,14 @@ def _draw(pipe: TextToImage, study: Study, task: Task, job: _Job, timed: bool) -
         last(step)
 
     # a step may take fewer rows than it has branches ("refresh"), or twice as many ("heun")
-    rows: list[int] = []
+    positions: list[int] = []
+
+    def count(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        positions.append(len(inputs[0]) * _positions(network))
+
     with ExitStack() as hooks:
         for network in _networks(pipe, job.branches):
-            hook = network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-            hooks.enter_context(hook)
+            hooks.enter_context(network.register_forward_pre_hook(count))
         images = pipe.sample(
             task.prompts,
             seeds=range(study.seed, study.seed + len(task.prompts)),
@@ -421,13 +436,14 @@ def _draw(pipe: TextToImage, study: Study, task: Task, job: _Job, timed: bool) -
         seconds.append((time.perf_counter() - start) / study.draws)
     trace, side = watch.trace(), pipe.network.config.grid
     # "ar" and "hybrid" call parts of the network, on the rows that a step needs
-    passes = sum(rows) // len(images) if rows else int(trace.branches.sum())
+    run = sum(positions) // len(images)
+    cost = run if positions else int(trace.branches.sum()) * _positions(pipe.network)
     return Drawn(
         images,
         torch.cat(opened),
         last.ids(side),
         trace,
-        passes * _positions(pipe),
+        cost,
         torch.tensor(seconds if timed else []),
     )
 
@@ -441,11 +457,11 @@ def _networks(pipe: TextToImage, branches: Mapping[str, BranchLike]) -> list[nn.
     return networks
 
 
-def _positions(pipe: TextToImage) -> int:
+def _positions(network: Any) -> int:
     """How many tokens of an image one row of one step holds."""
-    one_by_one = pipe.family == "ar" or getattr(pipe.network, "order", "") == "causal"
-    patch = getattr(pipe.network.config, "patch", 1)
-    return 1 if one_by_one else pipe.network.config.grid**2 // patch**2
+    if isinstance(network, TokenTransformer) or getattr(network, "order", "") == "causal":
+        return 1
+    return int(network.config.grid**2 // getattr(network.config, "patch", 1) ** 2)
 
 
 class _LastTokens:
@@ -589,6 +605,7 @@ def _merged(held: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, A
         "study": now | grid | {"variants": list(both.values())},
         "families_settings": held["families_settings"] | new["families_settings"],
         "sources": held.get("sources", {}) | new.get("sources", {}),
+        "branches": held.get("branches", {}) | new.get("branches", {}),
         "left_out": [own for i, own in enumerate(left_out) if own not in left_out[:i]],
     }
 

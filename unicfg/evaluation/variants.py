@@ -44,8 +44,7 @@ class Variant:
             the family's own network made worse, see :mod:`models.perturb`.
 
     Raises:
-        ValueError: if there is no such option, a value is of another type, or the branches are not those that ``scale``
-            names; says which variant and what was expected.
+        ValueError: if there is no such option, or a value is of another type; says which variant and what was expected.
     """
 
     name: str = "plain"
@@ -124,7 +123,16 @@ class Variant:
             FileNotFoundError: if there are no such weights.
             ValueError: if they do not hold the family, or its network has no such layer.
         """
-        return {name: _branch(value, pipe) for name, value in self.branches.items()}
+        found: dict[str, BranchLike] = {}
+        for name, value in self.branches.items():
+            where = f"the variant {self.name!r}: the branch {name!r}"
+            try:
+                found[name] = _branch(value, pipe)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{where}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return found
 
     def check_fits(self, pipe: TextToImage, s: float) -> None:
         """Whether a family can be guided and sampled like this.

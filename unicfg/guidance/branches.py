@@ -143,7 +143,14 @@ def composed(**scales: Strength) -> Weights:
     Liu et al., arXiv 2206.01714. A negative scale is the paper's NOT.
 
     Branches: those named, "cond" among them, and uncond.
+
+    Raises:
+        ValueError: if "uncond" is among the scales, or "cond" is not.
     """
+    if "uncond" in scales:
+        raise ValueError(
+            f"composed: uncond is {scales['uncond']!r}, expected other branches: its weight is what is left of 1"
+        )
     rest = _sum(1.0, *((-1.0, scale) for scale in scales.values()))
     return weights(**scales, uncond=rest)
 

@@ -76,8 +76,7 @@ def read_scale(text: str, s: float) -> Scale | Schedule:
             in it. If ``s`` is not finite.
         TypeError: if ``s`` is no number, or ``text`` no str.
     """
-    value = _strength(text, s, SCHEDULES)
-    scale: Scale | Schedule = value
+    scale: Scale | Schedule = _strength(text, s, SCHEDULES)
     return scale
 
 
@@ -87,7 +86,8 @@ def _strength(text: str, s: float, makers: Mapping[str, Maker]) -> Any:
     with _naming("scale", text):
         value = _value(_parsed(text), _Words(makers, {"s": s, "inf": math.inf}))
         if not _is_scale(value) and not _is_combination(value):
-            raise ValueError(f"it is {value!r}, expected a finite number or a schedule")
+            more = " or weights of branches" if makers.keys() & COMBINATIONS.keys() else ""
+            raise ValueError(f"it is {value!r}, expected a finite number or a schedule{more}")
         return value
 
 
@@ -143,14 +143,14 @@ def as_python(scale: str, s: float, mitigations: str = "") -> str:
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     names = ", ".join(sorted(used & SCHEDULES.keys()))
     combined = isinstance(strength, ast.Call) and not used.isdisjoint(COMBINATIONS)
-    modules = ["branches"] * combined + ["mitigations"] * bool(calls)
+    modules = (["branches"] if combined else []) + (["mitigations"] if calls else [])
     imports = [
         "from math import inf\n" if "inf" in used else "",
         "from unicfg import Guidance",
         f"from unicfg.guidance import {', '.join(modules)}" if modules else "",
         f"from unicfg.guidance.schedules import {names}" if names else "",
     ]
-    arguments = ["branches." * combined + ast.unparse(strength)]
+    arguments = [f"branches.{ast.unparse(strength)}" if combined else ast.unparse(strength)]
     if calls:
         reined = ", ".join(f"mitigations.{ast.unparse(call)}" for call in calls)
         arguments.append(f"({reined},)" if len(calls) == 1 else f"({reined})")

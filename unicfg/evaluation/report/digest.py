@@ -36,7 +36,7 @@ def digest(results: Results) -> str:
     n, command = results.settings.get("n"), results.settings.get("command")
     made = f" Made by `{command}`." if command else ""
     lines = [
-        f"# Digest of a study of {results.settings.get('weights', 'one model')}",
+        f"# Digest of {results.folder.name}",
         "",
         f"Estimates +- standard errors, {n} images per cell.{made}",
         "",

@@ -166,7 +166,7 @@ def _variants(variants: Mapping[str, object]) -> Html:
         "scale": [_said(how, "scale") for how in variants.values()],
         "mitigations": [_said(how, "mitigations") for how in variants.values()],
         "sampler": [_call(_said(how, "sampler")) for how in variants.values()],
-        "branches": [_call(_said(how, "branches")) for how in variants.values()],
+        "branches": [_runs(_said(how, "branches")) for how in variants.values()],
     }
     # what no variant has is left out, but for what every study had from the first
     rare = ("sampler", "branches")
@@ -179,6 +179,19 @@ def _said(how: object, key: str) -> Any:
     if isinstance(how, Mapping):
         return how.get(key, "")
     return how if key == "scale" else ""
+
+
+def _runs(branches: object) -> str:
+    """What runs in each branch, in words; "" where there are no more than two."""
+    if not isinstance(branches, Mapping):
+        return ""
+    own = {
+        name: " ".join(f"{kind} {value}" for kind, value in what.items())
+        if isinstance(what, Mapping)
+        else repr(what)
+        for name, what in branches.items()
+    }
+    return ", ".join(f"{name}: {what}" for name, what in own.items())
 
 
 def _call(options: object) -> str:
