@@ -573,7 +573,7 @@ def test_branches_in_a_file_are_those_that_the_scale_names(weights, others, tmp_
         (
             "weak(s)",
             {"weak": {"weights": "nowhere"}},
-            "the variant 'x': the branch 'weak': no pipeline at nowhere",
+            "the variant 'x': the branch 'weak': no pipeline at 'nowhere'",
         ),
     ],
 )
