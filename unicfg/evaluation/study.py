@@ -435,9 +435,9 @@ def _draw(pipe: TextToImage, study: Study, task: Task, job: _Job, timed: bool) -
         )
         seconds.append((time.perf_counter() - start) / study.draws)
     trace, side = watch.trace(), pipe.network.config.grid
-    # "ar" and "hybrid" call parts of the network, on the rows that a step needs
-    run = sum(positions) // len(images)
-    cost = run if positions else int(trace.branches.sum()) * _positions(pipe.network)
+    cost = sum(positions) // len(images)
+    if not positions:  # "ar" and "hybrid" call parts of the network, on the rows that a step needs
+        cost = int(trace.branches.sum()) * _positions(pipe.network)
     return Drawn(
         images,
         torch.cat(opened),
