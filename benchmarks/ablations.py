@@ -59,7 +59,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def recipe_of(variant: str, family: str, steps: int, work: Path) -> Recipe:
     """The recipe of the shapes weights, shorter, with the variant's change."""
     recipe = load_recipe(RECIPE, family)
-    training = replace(recipe.model.training, steps=steps, sample_every=steps)
+    training, own = recipe.model.training, recipe.model.training.steps
+    # the average reaches back over as large a share of the training as it does in the recipe
+    ema = 1 - (1 - training.ema) * own / steps
+    training = replace(training, steps=steps, ema=max(ema, 0.0), sample_every=steps)
     # short trainings see few pictures twice: further encodings of a picture would only cost time
     model = replace(recipe.model, training=training, crops=1, shift=0)
     recipe = replace(recipe, out=str(work / variant), model=model)
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["flow", "ar"])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="variants to run; all if none")
     parser.add_argument("-n", type=int, default=256, help="images a cell")
-    parser.add_argument("--steps", type=int, default=2000, help="of each training")
+    parser.add_argument("--steps", type=int, default=2500, help="of each training")
     parser.add_argument("--work", type=Path, default=Path("out/ablations"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plot", type=Path, help="a picture of the rates (needs matplotlib)")

@@ -114,7 +114,9 @@ def test_each_variant_differs_from_the_base_in_what_it_says(tmp_path, monkeypatc
             )
             assert found == CHANGES[name]
         training, own = recipes["base"].model.training, load_recipe(ablations.RECIPE, family).model
-        assert training == replace(own.training, steps=3000, sample_every=3000)
+        steps, reach = own.training.steps, 1 / (1 - own.training.ema)
+        assert reach / steps == pytest.approx(1 / (1 - training.ema) / 3000)
+        assert training == replace(own.training, steps=3000, sample_every=3000, ema=training.ema)
         sizes = recipes["base"].model
         width, heads = (160, 5) if family in ("ar", "masked") else (128, 4)
         assert (sizes.width, sizes.depth, sizes.heads) == (width, 6, heads)

@@ -327,6 +327,19 @@ def test_a_variant_that_fits_no_family_is_refused_and_one_left_out_is_told(weigh
     assert left == [("flow", "trust"), ("hybrid", "trust")]
 
 
+def test_a_study_of_fewer_families_may_keep_a_variant_that_only_others_have(weights, tmp_path):
+    trust = Variant("trust", mitigations="kl_trust_region(0.5)")
+    settings = {**SMALL, "scales": (1.0,), "families": ("flow",)}
+    results = run(
+        Study(weights, variants=(Variant(), trust), **settings), tmp_path / "out", progress=False
+    )
+    assert [cell.cell.variant for cell in results.cells] == ["plain"]
+    assert [own["variant"] for own in results.settings["left_out"]] == ["trust"]
+    odd = Variant("odd", sampler={"reveal": "halton"})  # of a family that these weights do not hold
+    with pytest.raises(ValueError, match="'odd' fits no family"):
+        run(Study(weights, variants=(Variant(), odd), **settings), tmp_path / "other")
+
+
 def test_a_variant_is_tried_where_it_is_drawn_and_left_out_even_if_it_changes_nothing(
     weights, tmp_path
 ):

@@ -241,7 +241,8 @@ def _grid(
 
     Raises:
         FileNotFoundError: if the weights of a branch are not there.
-        ValueError: if a variant fits no family, or has an option that is out of its range.
+        ValueError: if a variant fits no family that the weights hold, all of them fit none of the study's, or one has an
+            option that is out of its range.
     """
     jobs, left_out = [], []
     for family, pipe in pipes.items():
@@ -264,9 +265,20 @@ def _grid(
             jobs += drawn
     for variant in study.variants:
         why = [own["reason"] for own in left_out if own["variant"] == variant.name]
-        if len(why) == len(pipes):
+        if len(why) == len(pipes) and not (jobs and _fits_others(study, variant, pipes)):
             raise ValueError(f"the variant {variant.name!r} fits no family: {why[0]}")
     return jobs, left_out
+
+
+def _fits_others(study: Study, variant: Variant, pipes: Mapping[str, TextToImage]) -> bool:
+    """Whether a variant fits a family that the weights hold and the study leaves out."""
+    for family in held_families(study.weights):
+        if family not in pipes:
+            with suppress(ValueError):
+                pipe = TextToImage.from_pretrained(study.weights, family)
+                variant.check_fits(pipe, (variant.scales or study.scales)[0])
+                return True
+    return False
 
 
 def _others(jobs: Sequence[_Job]) -> dict[str, dict[str, str]]:
