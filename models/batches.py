@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,18 @@ class Jobs:
             )
 
     def can_be_split(self) -> bool:
-        """Whether no tensor has an entry for each sample, which only its caller could split."""
+        """Whether no tensor but the scale has an entry for each sample, which only its caller could split."""
         scale = None if self.guidance is None else self.guidance.scale
-        return not _holds_rows(scale) and not any(
-            isinstance(branch, Branch) and branch.cond is not None and branch.cond.ndim > 1
+        rows = _holds_rows(scale) and not self._has_scale_each()
+        return not rows and not any(
+            isinstance(branch, Branch) and isinstance(branch.cond, Tensor) and branch.cond.ndim > 1
             for branch in (self.branches or {}).values()
         )
+
+    def _has_scale_each(self) -> bool:
+        """Whether the scale is a tensor (B,), which is split like the prompts."""
+        scale = None if self.guidance is None else self.guidance.scale
+        return isinstance(scale, Tensor) and scale.shape == (len(self.prompts),)
 
     def part(self, start: int, stop: int) -> Jobs:
         """The images from ``start`` up to ``stop``."""
@@ -62,9 +67,11 @@ class Jobs:
         branches = self.branches and {
             name: own[start:stop] if _is_list(own) else own for name, own in self.branches.items()
         }
-        return Jobs(
-            self.prompts[start:stop], self.seeds[start:stop], self.guidance, branches, image
-        )
+        guidance = self.guidance
+        if guidance is not None and self._has_scale_each():
+            assert isinstance(guidance.scale, Tensor)
+            guidance = replace(guidance, scale=guidance.scale[start:stop])
+        return Jobs(self.prompts[start:stop], self.seeds[start:stop], guidance, branches, image)
 
 
 class OutOfMemory(RuntimeError):
@@ -97,7 +104,7 @@ def _holds_rows(value: Any) -> bool:
         return any(map(_holds_rows, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_rows, value))
-    if isinstance(value, types.FunctionType):  # a schedule of one's own
+    if callable(value) and not isinstance(value, type):  # a schedule of one's own
         return any(_holds_rows(value(step / 8)) for step in range(9))
     return False
 

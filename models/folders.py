@@ -27,8 +27,6 @@ from tokenizers_vq.files import (
 from tokenizers_vq.hub import CONFIG, WEIGHTS
 
 DESCRIPTION = "pipeline.json"
-# what is read of a repository; nothing else of it is downloaded
-FILES = [DESCRIPTION, "text.json", f"*/{CONFIG}", "*/*.safetensors"]
 
 
 def describe(folder: Path, families: Sequence[str]) -> None:
@@ -52,7 +50,7 @@ def families_beside(folder: Path, repo_id: str, token: str | None) -> list[str]:
         return Path(hf_hub_download(repo_id, file, token=token))
 
     try:
-        families = _families(fetch(DESCRIPTION))
+        families = listed_families(fetch(DESCRIPTION).parent)
     except (GatedRepoError, LocalEntryNotFoundError):
         raise  # nothing is known of it
     except (RepositoryNotFoundError, EntryNotFoundError):
@@ -73,16 +71,17 @@ def held_families(name: Path | str) -> list[str]:
         FileNotFoundError: if there is no such pipeline; says where it was looked for.
         ValueError: if its description was written by another release, or is damaged.
     """
-    return _families(find_weights(name) / DESCRIPTION)
+    return listed_families(find_weights(name, ()))
 
 
-def _families(file: Path) -> list[str]:
-    """The families that a description lists.
+def listed_families(folder: Path) -> list[str]:
+    """The families that a pipeline's folder lists.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it was written by another release, or is damaged.
     """
+    file = folder / DESCRIPTION
     description = read_json(file)
     try:
         check_format_version(description)
@@ -131,8 +130,20 @@ def find_tokenizer(name: Path | str) -> Path:
         raise FileNotFoundError(f"no tokenizer at {str(name)!r} ({error}): {known}") from error
 
 
-def find_weights(name: Path | str) -> Path:
+def find_weights(
+    name: Path | str,
+    families: Sequence[str] = ("*",),
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
     """The folder of a pipeline: shipped, local, or downloaded from the hub, in that order.
+
+    Args:
+        name: of the weights, a folder, or a repository.
+        families: that are wanted: of a repository nothing else is downloaded. () is the list of families alone.
+        revision: branch, tag or commit of a repository.
+        token: of the hub; None takes the one that is logged in.
 
     Raises:
         FileNotFoundError: if it is none of these.
@@ -145,7 +156,12 @@ def find_weights(name: Path | str) -> Path:
     known = f"expected one of {sorted(shipped)}, a folder with pipeline.json, or a hub repository"
     if Path(name).exists() or str(name).count("/") != 1:
         raise FileNotFoundError(f"no pipeline at {str(name)!r}: {known}")
+    parts = ("tokenizer", *families) if families else ()
+    files = [DESCRIPTION, "text.json"]
+    files += [f"{part}/{file}" for part in parts for file in (CONFIG, "*.safetensors")]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=FILES))
+        return Path(
+            snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
+        )
     except Exception as error:  # the hub client has no common base class for "not to be had"
         raise FileNotFoundError(f"no pipeline at {str(name)!r} ({error}): {known}") from error

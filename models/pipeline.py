@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from models.batches import Jobs, OutOfMemory, free_memory
 from models.compiled import is_out_of_memory
 from models.denoiser import LatentDenoiser
-from models.folders import describe, families_beside, find_weights, held_families
+from models.folders import describe, families_beside, find_weights, listed_families
 from models.hybrid import HybridTransformer
 from models.labels import PromptEncoder, load_prompt_encoder
 from models.quantized import is_quantized, quantize
@@ -58,7 +58,10 @@ MODEL_CLASSES: dict[str, type[Network]] = {
 # what each family can be told beyond seeds, guidance and callback
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ar": ("temperature", "top_k", "top_p", "compile"),
-    "masked": ("steps", "reveal", "temperature", "top_k", "top_p", "refresh", "init_image", "mask"),
+    "masked": (
+        *("steps", "reveal", "choice_noise", "temperature", "top_k", "top_p"),
+        *("refresh", "init_image", "mask"),
+    ),
     "diffusion": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
     "flow": ("steps", "solver", "scheduler", "refresh", "init_image", "mask"),
     "hybrid": ("steps", "solver", "temperature", "guide_at", "compile", "head_callback"),
@@ -72,6 +75,7 @@ class Options(TypedDict, total=False):
     solver: str | None
     scheduler: Any
     reveal: str | None
+    choice_noise: float | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -371,7 +375,8 @@ class TextToImage:
             ValueError: if it is something else, or a pipeline that speaks of other tokens or other text.
         """
         if isinstance(own, Branch):
-            return own
+            text = isinstance(own.cond, str)
+            return replace(own, cond=self.encode_prompts([own.cond])[0]) if text else own
         if isinstance(own, str):
             return Branch(cond=self.encode_prompts([own])[0])
         if not isinstance(own, TextToImage):
@@ -405,7 +410,9 @@ class TextToImage:
         for module in (self.model, self.tokenizer):
             for name, tensor in module.state_dict().items():
                 digest.update(name.encode())
-                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+                # numpy has no bfloat16
+                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(flat.numpy().tobytes())
         return digest.hexdigest()
 
     def sampler_settings(self) -> dict[str, Any]:
@@ -551,6 +558,7 @@ class TextToImage:
             scheduler: diffusion, flow: a scheduler of diffusers in place of a solver.
             reveal: masked: "cosine", "linear", "arccos" or "halton". The last, a fixed order, is the default here: the others
                 keep the most confident tokens, which sharpens the distribution by itself.
+            choice_noise: masked, but for "halton": on the confidence; see :func:`unicfg.sampling.sample_masked`.
             temperature: ar, masked: divides the guided logits, 0 takes the most likely token; hybrid: multiplies
                 the noise that the head starts from.
             top_k: ar, masked: keep the k most likely tokens, after guidance.
@@ -699,13 +707,22 @@ class TextToImage:
         return grid
 
     @classmethod
-    def from_pretrained(cls, name: Path | str, family: str | None = None) -> TextToImage:
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        family: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> TextToImage:
         """Load a pipeline.
 
         Args:
             name: of weights that ship with the library (``"emoji"``, ``"shapes"``), a folder, or a repository
                 on the Hugging Face hub.
             family: ``"ar"`` by default.
+            revision: branch, tag or commit of a repository.
+            token: of the hub; None takes the one that is logged in.
 
         Raises:
             FileNotFoundError: if there is no such pipeline; says where it was looked for.
@@ -714,7 +731,8 @@ class TextToImage:
         family = family or "ar"
         if family not in MODEL_CLASSES:
             raise ValueError(f"family is {family!r}, expected one of {', '.join(MODEL_CLASSES)}")
-        folder, families = find_weights(name), held_families(name)
+        folder = find_weights(name, (family,), revision=revision, token=token)
+        families = listed_families(folder)
         if family not in families:
             held = ", ".join(families)
             raise ValueError(f"{name} holds the families {held:.200}, not {family}")

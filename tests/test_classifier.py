@@ -54,6 +54,15 @@ def test_an_exact_classifier_gives_the_conditional_model(path, space, s):
     torch.testing.assert_close(sample_diffusion(model, cond, **options), free, atol=2e-3, rtol=1e-3)
 
 
+def test_a_gradient_is_taken_inside_of_an_inference_mode():
+    toy, cond = mixture(straight(), "flow"), torch.ones(4, 1, dtype=torch.long)
+    model = ClassifierDenoiser(toy, exact(toy), toy.null_condition)
+    options = {"seeds": SEEDS[:4], "guidance": Guidance(3.0), "steps": 4}
+    outside = sample_diffusion(model, cond, **options)
+    with torch.inference_mode():
+        assert torch.equal(sample_diffusion(model, cond, **options), outside)
+
+
 def test_schedules_and_mitigations_apply_as_ever():
     toy, cond = mixture(straight(), "flow"), torch.ones(32, 1, dtype=torch.long)
     guidance = Guidance(schedules.linear(1, 5), (mitigations.rescale(0.5),))

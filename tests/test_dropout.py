@@ -1,7 +1,7 @@
 """Condition dropout: per sample, out of place, resumable, for any model."""
 
 import math
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -222,3 +222,26 @@ def test_a_foreign_model_learns_both_branches_and_can_be_guided():
     guided = Guidance(3.0).combine(0.0, cond, uncond)
     assert torch.equal(guided, guide(cond, uncond, 3.0))
     assert guided.flatten().tolist() == pytest.approx([-6, 6], abs=1.5)
+
+
+@pytest.mark.parametrize("condition", [["a cat", "a dog"], "a cat", [], None, {"ids": None}])
+def test_a_condition_that_holds_no_tensors_is_refused_and_not_searched_for_ever(condition):
+    wrapped = ConditionDropout(torch.nn.Identity(), torch.zeros(4), p=0.5).train()
+    with pytest.raises(TypeError, match=r"cond is or holds .*expected a tensor"):
+        wrapped(torch.zeros(2), condition)
+    if condition:
+        with pytest.raises(TypeError, match="null_condition is or holds"):
+            ConditionDropout(torch.nn.Identity(), condition)
+
+
+def test_any_mapping_is_a_condition():
+    class Echo(torch.nn.Module):
+        def forward(self, x, cond):
+            return cond["ids"]
+
+    ids, null = (
+        UserDict(ids=torch.full(shape, value)) for shape, value in (((3, 2), 5), ((2,), 0))
+    )
+    wrapped = ConditionDropout(Echo(), null, p=1.0).train()
+    assert torch.equal(wrapped(None, ids), torch.zeros(3, 2))
+    assert torch.equal(wrapped.eval()(None, ids), ids["ids"])

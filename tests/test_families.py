@@ -392,6 +392,23 @@ def test_the_temperature_of_a_hybrid_scales_the_first_noise():
     assert not torch.allclose(draw[0.0], draw[1.0])
 
 
+def test_progress_in_masked_order_is_the_revealed_share():
+    """As in sample_masked, and as MAR's linear schedule has it: not the share of the passes."""
+    seen = []
+    sample_hybrid(
+        network("hybrid masked"),
+        COND,
+        seeds=SEEDS,
+        steps=2,
+        passes=5,
+        guidance=Guidance(1.0),
+        callback=seen.append,
+    )
+    known = [0, *(int(step.known[0].sum()) for step in seen[:-1])]
+    assert [step.progress for step in seen] == [share / known[-1] for share in known]
+    assert [step.progress for step in seen] != [i / 4 for i in range(5)]
+
+
 @pytest.mark.parametrize("order", ["hybrid", "hybrid masked"])
 def test_the_schedule_of_a_hybrid_runs_over_its_tokens(order):
     """A scale that is 1 until the last turn changes nothing but that turn."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import wrapped
 
 from unicfg import ConditionDropout, Guidance, guide, sample_masked
-from unicfg.guidance.schedules import linear
+from unicfg.guidance.schedules import interval, linear
 from unicfg.sampling.masked import REVEALS, halton_order, masked_share, reveal_counts
 from unicfg.sampling.randomness import generators, uniform
 from unicfg.sampling.tokens import draw
@@ -234,6 +234,16 @@ def test_progress_is_the_revealed_share():
     share = [1 - math.cos(math.pi / 8 * i) for i in range(4)]
     assert [step.progress for step in steps] == pytest.approx([x / share[-1] for x in share])
     assert masked_share("arccos", 0.0) == 1.0 and masked_share("arccos", 1.0) == 0.0
+
+
+def test_the_ends_of_an_interval_are_met_in_spite_of_rounding():
+    for steps, start, end, guided in ((6, 0.4, 0.8, [2, 3, 4]), (11, 0.3, 0.7, [3, 4, 5, 6, 7])):
+        seen = []
+        guidance = Guidance(interval(3.0, start, end))
+        sample(
+            Independent(12), steps=steps, reveal="linear", guidance=guidance, callback=seen.append
+        )
+        assert [step.index for step in seen if step.scale != 1.0] == guided
 
 
 def test_more_steps_than_tokens_are_not_run():

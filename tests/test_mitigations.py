@@ -16,8 +16,10 @@ from unicfg import (
     sample_hybrid,
     sample_masked,
 )
+from unicfg.guidance import branches
 from unicfg.guidance import mitigations as m
 from unicfg.guidance.spaces import SPACES, Level, convert
+from unicfg.sampling.paths import straight
 
 S = 5.0
 DENOISING = [
@@ -445,6 +447,89 @@ def test_zero_init_stands_still_for_the_first_steps_only():
         callback=lambda step: seen.append((step.progress, bool(step.guided.any()))),
     )
     assert seen == [(0.0, False), (0.25, False), (0.5, True), (0.75, True), (1.0, True)]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m"])
+def test_no_solver_takes_a_second_order_step_from_where_a_sample_stood_still(solver):
+    goal = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+
+    def exact(x, cond, t):  # the velocity towards one point: every solver is exact
+        return (x - cond) / t[:, None].clamp(min=1e-6)
+
+    seen = []
+    sample_diffusion(
+        exact,
+        goal,
+        uncond=torch.zeros(2),
+        shape=(2,),
+        path=straight(),
+        space="flow",
+        seeds=[0, 1],
+        steps=10,
+        solver=solver,
+        # of the second sample nothing is skipped, whatever the first one does
+        guidance=Guidance(torch.tensor([2.0, 1.0]), (m.zero_init(0.3),)),
+        callback=seen.append,
+    )
+    x = torch.stack([step.x for step in seen]).double()
+    torch.testing.assert_close(x[1:4, 0], x[:1, 0].expand(3, 2), atol=1e-6, rtol=1e-6)
+    # at t = 1 - i / 10 each is on the line from where it set out to its goal, which guidance doubles
+    line = x[3, 0] + (2.0 * goal[0] - x[3, 0]) * torch.arange(7)[:, None] / 7
+    torch.testing.assert_close(x[3:, 0], line, atol=1e-4, rtol=1e-4)
+    line = x[0, 1] + (goal[1] - x[0, 1]) * torch.arange(10)[:, None] / 10
+    torch.testing.assert_close(x[:, 1], line, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mitigation", [*DENOISING, m.zero_init(0.5), m.apg(momentum=-0.5), *LOGITS], ids=names
+)
+def test_a_sample_that_needs_no_guidance_is_the_same_beside_others(mitigation):
+    logits = getattr(mitigation, "space", None) == "logits"
+    sampler = sample_autoregressive if logits else sample_diffusion
+    model = wrapped("ar" if logits else "flow")
+    options = {} if logits else {"steps": 4}
+    for s in (0.0, 1.0):
+        guidance = Guidance(torch.tensor([s, S]), (mitigation,))
+        together = sampler(model, COND, seeds=[3, 4], guidance=guidance, **options)
+        alone = sampler(model, COND[:1], seeds=[3], guidance=Guidance(s), **options)
+        torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_one_branch_by_its_weights_is_the_same_beside_others():
+    c, u = fields()
+    weak = {"cond": c, "uncond": u, "negative": c - u}
+    own, away = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.5, 0.0, 0.0])
+    out = Guidance(branches.negative(own, away), (m.static_threshold(0.1),)).combine_branches(
+        0.5, weak, Level(c, 0.6, 0.8, "x0")
+    )
+    assert torch.equal(out[1], c[1]) and torch.equal(out[2], u[2])
+    assert float(out[0].abs().max()) <= 0.1
+
+
+def test_a_token_that_only_the_unconditional_model_masks_is_judged_like_others():
+    c, u = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 0.0, -math.inf]])
+    for mitigation in (m.top_k_of_cond(1), m.plausibility(0.9)):
+        assert mitigation(guide(c, u, 2.0), c, u).tolist() == [[6.0, -math.inf, -math.inf]]
+
+
+def test_momentum_keeps_what_mitigations_before_it_did():
+    c, u = fields()
+    level = Level(c, 0.6, 0.8, "x0")
+    for momentum in (0.0, 1e-12):
+        chain = (m.static_threshold(1.0), m.apg(eta=1.0, momentum=momentum))
+        out = Guidance(S, chain).begin("x0").combine(0.0, c, u, level)
+        torch.testing.assert_close(out, guide(c, u, S).clamp(-1, 1))
+
+
+def test_a_level_that_leaves_a_space_open_in_one_sample_leaves_the_others_alone():
+    c, u = fields(shape=(2, 2, 4, 4))
+    x = 0.3 * c + u
+    alpha, sigma = torch.tensor([[0.0, 0.6], [1.0, 0.8]], dtype=torch.float64)
+    guidance = Guidance(S, (m.tcfg(),))
+    both = guidance.combine(0.5, c, u, Level(x, alpha, sigma, "flow"))
+    alone = guidance.combine(0.5, c[1:], u[1:], Level(x[1:], 0.6, 0.8, "flow"))
+    torch.testing.assert_close(both[1:], alone)
+    assert torch.equal(both[0], guide(c, u, S)[0])
 
 
 def test_hidden_states_are_not_mitigated():

@@ -1,5 +1,6 @@
 """The pipeline, the pictures and the command line, on a tiny random model."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tiny import CAPTIONS, pipeline, transformer
 from models import TextToImage
 from models.batches import OutOfMemory
 from tokenizers_vq import VQTokenizer, VQTokenizerConfig, to_images
-from unicfg import ConditionDropout, Guidance
+from unicfg import Branch, ConditionDropout, Guidance
 from unicfg.cli import expand_lists, main
 from unicfg.guidance import branches, schedules
 from unicfg.pictures import grid, save_picture
@@ -265,9 +266,9 @@ OF_EACH = torch.tensor([1.0, 2.0, 3.0])
 @pytest.mark.parametrize(
     "scale",
     [
-        OF_EACH,
         schedules.interval(OF_EACH, 0.3, 0.9),
         schedules.linear(1.0, OF_EACH),
+        functools.partial(lambda progress, own: own * progress, own=OF_EACH),
         lambda progress: OF_EACH.clone() if progress > 0.5 else 1.0,
         lambda progress, own=(OF_EACH,): own[0] * progress,
     ],
@@ -279,6 +280,47 @@ def test_a_tensor_with_an_entry_for_each_sample_is_not_split(scale, monkeypatch)
     assert len(pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=guidance)) == 3
     with pytest.raises(ValueError, match="batch_size is 2 for 3 prompts, and guidance or branches"):
         pipe.sample(CAPTIONS[:3], seeds=[0, 1, 2], guidance=guidance, batch_size=2)
+
+
+def test_a_scale_for_each_prompt_is_split_with_them():
+    pipe, whole = pipeline(), {"seeds": [0, 1, 2], "guidance": Guidance(OF_EACH)}
+    split = pipe.sample(CAPTIONS[:3], batch_size=2, **whole)
+    torch.testing.assert_close(split, pipe.sample(CAPTIONS[:3], **whole), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="the scale has 3 values for a batch of 4"):
+        pipe.sample(CAPTIONS, seeds=range(4), guidance=Guidance(OF_EACH))
+
+
+def test_a_branch_may_hold_a_text():
+    pipe, away = pipeline(), Guidance(branches.negative(2.0, 0.5))
+    given, spelled = (
+        pipe.sample(CAPTIONS[:1], seeds=[0], guidance=away, branches={"negative": own})
+        for own in (CAPTIONS[1], Branch(cond=CAPTIONS[1]))
+    )
+    assert torch.equal(given, spelled)
+    with pytest.raises(
+        TypeError, match=r"cond of the branch 'negative' is \['a'\], expected a ten"
+    ):
+        pipe.sample(
+            CAPTIONS[:1], seeds=[0], guidance=away, branches={"negative": Branch(cond=["a"])}
+        )
+
+
+def test_the_digest_tells_weights_in_any_precision():
+    pipe = pipeline()
+    first = pipe.digest()
+    pipe.model.to(torch.bfloat16)
+    assert pipe.digest() != first and pipe.digest() == pipe.digest()
+
+
+def test_choice_noise_is_for_the_order_by_confidence():
+    pipe = pipeline(family="masked")
+    with pytest.raises(ValueError, match=r"choice_noise is 2\.0 with reveal 'halton'"):
+        pipe.sample(CAPTIONS[:1], seeds=[0], choice_noise=2.0)
+    few, many = (
+        pipe.sample(CAPTIONS, seeds=range(4), reveal="cosine", choice_noise=noise)
+        for noise in (0.0, 50.0)
+    )
+    assert not torch.equal(few, many)
 
 
 def test_schedules_by_noise_level_go_through():
@@ -319,7 +361,7 @@ def test_what_cannot_be_made_smaller_says_what_to_lower_and_keeps_what_is_finish
         pipe(CAPTIONS, seeds=range(4), batch_size=1)
     assert raised.value.finished.shape == (2, 3, 16, 16)
     with pytest.raises(OutOfMemory, match="3 images, which cannot be split, do not fit"):
-        pipe(CAPTIONS[:3], seeds=range(3), guidance=Guidance(OF_EACH))
+        pipe(CAPTIONS[:3], seeds=range(3), guidance=Guidance(schedules.linear(1.0, OF_EACH)))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkeypatch):

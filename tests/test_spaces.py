@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicfg.guidance.spaces import SPACES, check_level, check_space, convert, join, split
+from unicfg.guidance.spaces import SPACES, Level, check_level, check_space, convert, join, split
 from unicfg.sampling.paths import PATHS, cosine, linear, shift_time, straight
 
 LEVELS = st.floats(0.01, 0.99)
@@ -195,3 +195,16 @@ def test_shift_moves_times_towards_the_noise():
     for shift in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="shift is"):
             shift_time(t, shift)
+
+
+def test_a_share_may_be_a_number_or_one_a_sample():
+    x, out = torch.randn(2, 3, 4, 4, 4).unbind()
+    alpha, sigma = torch.tensor([0.6, 0.8, 1.0]), torch.tensor([0.8, 0.6, 0.1])
+    whole = convert(out, x, alpha, sigma, "eps", "x0")
+    for i in range(3):  # as many samples as columns: (B,) must not fall on these
+        one = convert(out[i : i + 1], x[i : i + 1], float(alpha[i]), float(sigma[i]), "eps", "x0")
+        torch.testing.assert_close(one[0], whole[i], atol=1e-6, rtol=1e-6)
+    assert Level(x, 0.6, alpha, "eps").sigma.shape == (3, 1, 1, 1)
+    for wrong in (torch.ones(4), torch.ones(4, 4)):
+        with pytest.raises(ValueError, match=r"alpha has shape .* for samples \(3, 4, 4, 4\)"):
+            split(out, x, wrong, 0.5, "eps")

@@ -251,7 +251,6 @@ def test_any_text_is_read_or_refused(text):
         ("1e308 * 10", r"'1e\+308 . 10' is inf, expected a finite number"),
         ("noise_interval(s, 0, 2 * inf)", "'2 . inf' is inf, expected a finite number"),
         ("1 / 0", "division by zero"),
-        ("log_snr_interval(s, -5000, 1)", "math range error"),
         ("9" * 400, "too large"),
         ("9" * 999_999, "expected at most 1000"),
         ("decay(s, " + "9" * 400 + ")", "too large"),

@@ -19,7 +19,10 @@ from tokenizers_vq.quantizers import FiniteScalarQuantizer, VectorQuantizer
 def make(seed=0, **changes):
     torch.manual_seed(seed)
     settings = {"image_size": 32, "factor": 4, "width": 16, "depth": 1} | changes
-    return VQTokenizer(VQTokenizerConfig(**settings)).eval()
+    tokenizer = VQTokenizer(VQTokenizerConfig(**settings))
+    if tokenizer.config.quantizer == "vq":
+        tokenizer(images(2, tokenizer.config.image_size))  # the first step makes the codebook
+    return tokenizer.eval()
 
 
 def images(batch=2, size=32):
@@ -53,7 +56,6 @@ def test_latents_and_ids_decode_to_the_same_image(quantizer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_loaded_is_what_was_saved_and_what_is_made_with_it(tmp_path, quantizer, dtype):
     tokenizer = make(quantizer=quantizer)
-    tokenizer.encode(images())  # the first call makes the codebook
     tokenizer.to(dtype).save_pretrained(tmp_path)
     again = VQTokenizer.from_pretrained(tmp_path)
     assert not again.training
@@ -102,6 +104,13 @@ def test_vq_ids_round_trip_and_eval_never_touches_the_codebook():
     out = quantizer(torch.randn(2, 8, 6, 6))
     torch.testing.assert_close(quantizer.codes(out.ids), out.codes)
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+
+
+def test_a_codebook_that_was_never_trained_is_not_made_of_what_is_encoded():
+    quantizer = VectorQuantizer(32, 8).eval()
+    with pytest.raises(ValueError, match="the codebook has not seen an image"):
+        quantizer(torch.randn(4, 8, 6, 6))
+    assert not quantizer.vq._codebook.initted
 
 
 def test_gradients_pass_the_quantizer():

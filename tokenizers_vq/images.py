@@ -26,7 +26,16 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """Float images (B, 3, H, W) in [-1, 1], clamped, as RGB pictures."""
+    """Float images (B, 3, H, W) in [-1, 1], clamped, as RGB pictures.
+
+    Raises:
+        TypeError: if they are no floats: pixels 0..255 are none of these.
+        ValueError: if the shape is another.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}, expected floats in [-1, 1]")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 

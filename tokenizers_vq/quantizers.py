@@ -70,10 +70,18 @@ class VectorQuantizer(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize features (B, C, h, w); in training mode this also moves the codebook."""
+        """Quantize features (B, C, h, w); in training mode this also moves the codebook.
+
+        Raises:
+            ValueError: if the codebook was never trained, in eval mode.
+        """
         b, _, h, w = z.shape
-        # the library starts its codebook by k-means even on a forward in eval mode: not ours to do
         frozen = not self.training
+        # the library would start its codebook by k-means on whatever it is shown first, frozen or not
+        if frozen and not bool(self.vq._codebook.initted):
+            raise ValueError(
+                "the codebook has not seen an image: expected a trained tokenizer, or one step in training mode"
+            )
         codes, ids, loss = self.vq(z.flatten(2).mT, freeze_codebook=frozen)
         return Quantized(codes.mT.reshape(z.shape), ids.view(b, h, w), loss.reshape(()))
 

@@ -233,7 +233,7 @@ class VQTokenizer(nn.Module, StrictHubMixin, library_name="unicfg", tags=["image
         features = torch.cat([self.encoder(batch) for batch in images.split(batch_size)])
         self.latent_mean.copy_(features.mean((0, 2, 3)))
         # a dead channel must not divide by zero
-        self.latent_std.copy_(features.std((0, 2, 3)).clamp(min=1e-4))
+        self.latent_std.copy_(features.std((0, 2, 3), correction=0).clamp(min=1e-4))
 
     def _mean(self) -> Tensor:
         return self.latent_mean[:, None, None]

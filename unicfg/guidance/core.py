@@ -16,6 +16,7 @@ channels, H W image pixels, h w latent grid, D width.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unicfg.guidance.spaces import SPACES, Level, check_space
+from unicfg.guidance.spaces import SPACES, Level, Space, check_space
 
 Scale = float | Tensor
 Schedule = Callable[[float], Scale]
@@ -60,7 +61,8 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
     inputs are combined in float32 and returned in their own dtype. Gradients flow to all three arguments.
 
     Logits may hold -inf: what is masked in ``cond_out`` stays masked (except at s = 0, which is
-    ``uncond_out``), and what is masked only in ``uncond_out`` falls back to ``cond_out``.
+    ``uncond_out``), and what is masked only in ``uncond_out`` falls back to ``cond_out``. Nothing else is a mask: a
+    large negative number is extrapolated like any other.
 
     Args:
         cond_out: output under the condition, floating point, (B, ...).
@@ -72,7 +74,7 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
         the guided output, in the shape and dtype of ``cond_out``.
 
     Raises:
-        TypeError: if an output is not a floating-point tensor, or the dtypes differ.
+        TypeError: if an output is not a floating-point tensor, the dtypes differ, or ``s`` is no number and no tensor.
         ValueError: if shapes or devices do not match, or ``s`` is not finite.
 
     Example:
@@ -226,6 +228,8 @@ def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
 def _check_scale(s: Scale, out: Tensor) -> Scale:
     """Return ``s`` as a float, or as a tensor that broadcasts against ``out``."""
     if not isinstance(s, Tensor):
+        if not isinstance(s, numbers.Real):
+            raise TypeError(f"s is {s!r}, expected a number or a tensor")
         s = float(s)
         if not math.isfinite(s):
             raise ValueError(f"s is {s}, expected a finite number")
@@ -281,7 +285,7 @@ class Guidance:
 
     Raises:
         ValueError: if a fixed scale is not finite or has another shape than () or (B,).
-        TypeError: if ``scale`` is no number, tensor or callable, or a mitigation is not callable.
+        TypeError: if ``scale`` is no number, tensor or callable, ``mitigations`` no sequence, or one is not callable.
 
     Example:
         >>> Guidance(3.0).scale_at(0.5)
@@ -295,6 +299,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """Check what can be checked before the first step."""
+        if not isinstance(self.mitigations, Sequence):
+            raise TypeError(
+                f"mitigations is {self.mitigations!r}, expected a tuple, as in (rescale(0.7),)"
+            )
         object.__setattr__(self, "mitigations", tuple(self.mitigations))
         for mitigation in self.mitigations:
             if not callable(mitigation):
@@ -320,6 +328,7 @@ class Guidance:
 
         Raises:
             ValueError: if ``progress`` lies outside [0, 1], or a schedule gives a scale that is not finite.
+            TypeError: if it gives neither a number nor a tensor.
         """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress is {progress}, expected a fraction between 0 and 1")
@@ -418,7 +427,8 @@ class Guidance:
     ) -> Tensor:
         """Guide the outputs of the branches named by :meth:`branches_at`, then apply the mitigations.
 
-        Where only one branch is needed its output is returned as it is: there is nothing to rein in. With other
+        Where only one branch is needed, its output is returned as it is, for there is nothing to rein in; with a scale for
+        each sample, so it is in those that need only one. With other
         branches than "cond" and "uncond", what a mitigation takes for the unconditional output is the weighted mean of
         all but the condition, from which the guided output is reached along a line as in plain guidance.
 
@@ -449,9 +459,37 @@ class Guidance:
         cond = wide["cond"]
         plain = needed == ("cond", "uncond")
         uncond = wide["uncond"] if plain else _other_end(guided, cond, self.scale_at(progress))
+        mitigated = guided
         for mitigation in self.mitigations:
-            guided = _mitigate(mitigation, progress, guided, cond, uncond, level)
-        return to_dtype(guided, first.dtype)
+            mitigated = _mitigate(mitigation, progress, mitigated, cond, uncond, level)
+        # a sample that needs one branch only is the same beside others as it is by itself
+        alone = self._alone_at(progress)
+        if alone is not None:
+            mitigated = torch.where(_of_samples(alone.to(first.device), first), guided, mitigated)
+        return to_dtype(mitigated, first.dtype)
+
+    def still_at(self, progress: float) -> Tensor | None:
+        """The samples that a mitigation holds where they are, bool (), (1,) or (B,); None where there are none.
+
+        Solvers that look at more than one step have to know: where a sample stood still there is no x0 to go by.
+        """
+        if not any(hasattr(m, "holds_at") and m.holds_at(progress) for m in self.mitigations):
+            return None
+        if len(self.branches_at(progress)) == 1:
+            return None
+        alone = self._alone_at(progress)
+        return torch.ones((), dtype=torch.bool) if alone is None else ~alone
+
+    def _alone_at(self, progress: float) -> Tensor | None:
+        """The samples that need one branch only, bool (B,) or (1,); None where all have one scale."""
+        if self._combination is None:
+            s = self.scale_at(progress)
+            return (s == 1) | (s == 0) if isinstance(s, Tensor) and s.ndim else None
+        weights = self.strengths_at(progress)
+        if not any(isinstance(weight, Tensor) and weight.ndim for weight in weights):
+            return None
+        used = [torch.as_tensor(weight != 0).long().cpu() for weight in weights]
+        return torch.stack(torch.broadcast_tensors(*used)).sum(0) == 1
 
     def _mixed(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The formula alone."""
@@ -469,8 +507,13 @@ def _other_end(guided: Tensor, cond_out: Tensor, weight: Scale) -> Tensor:
     """
     w = torch.as_tensor(weight, dtype=cond_out.dtype, device=cond_out.device)
     beyond = torch.where((w - 1).abs() > 1e-6, w - 1, 1.0)
-    step = (guided - cond_out) / beyond.view(-1, *[1] * (cond_out.ndim - 1))
+    step = (guided - cond_out) / _of_samples(beyond, cond_out)
     return torch.where(step.isfinite(), cond_out - step, cond_out)
+
+
+def _of_samples(values: Tensor, out: Tensor) -> Tensor:
+    """One value a sample, (), (1,) or (B,), with the dimensions of the outputs."""
+    return values.view(-1, *[1] * (out.ndim - 1))
 
 
 def to_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -500,8 +543,25 @@ def _mitigate(
             f"level is None, expected the noise level of the outputs: the mitigation {_name(mitigation)} works on "
             f"{space} predictions"
         )
-    if level.leaves_open(space):
+    open_ = level.leaves_open(space)
+    if bool(open_.all()):
         return guided  # the outputs do not differ there, so there is nothing to rein in
+    if bool(open_.any()):  # in some samples only
+        inside = level.elsewhere(open_)
+        return torch.where(
+            open_, guided, _mitigate_at(inside, mitigation, space, guided, cond_out, uncond_out)
+        )
+    return _mitigate_at(level, mitigation, space, guided, cond_out, uncond_out)
+
+
+def _mitigate_at(
+    level: Level,
+    mitigation: Any,
+    space: Space,
+    guided: Tensor,
+    cond_out: Tensor,
+    uncond_out: Tensor,
+) -> Tensor:
     outputs = (level.to_space(out, space) for out in (guided, cond_out, uncond_out))
     return level.from_space(mitigation(*outputs), space)
 
@@ -523,7 +583,7 @@ def check_scale_value(s: object, where: str) -> Scale:
                 f"{where} is {s.tolist()}, expected finite numbers of shape () or (B,)"
             )
         return s
-    if isinstance(s, bool) or not isinstance(s, (int, float)):
+    if isinstance(s, bool) or not isinstance(s, numbers.Real):  # numpy's, too
         raise TypeError(f"{where} is {s!r}, expected a number, a tensor or a schedule")
     if not math.isfinite(s):
         raise ValueError(f"{where} is {s}, expected a finite number")

@@ -85,7 +85,8 @@ def edm2_interval() -> Guidance:
     """EDM2-XXL for FID: s = 2.0 in steps 17 to 22 of 32, counted from 0, else 1 (arXiv 2404.07724).
 
     The stretch is one of noise levels, sigma 1.61 to 0.28 on EDM2's own grid of 32; with other grids give
-    ``noise_interval`` of the schedules those.
+    ``noise_interval`` of the schedules those. The published sampler guides both evaluations of a Heun step alike; in
+    ``unicfg.sampling`` the second one belongs to the next noise level, so that of step 16 is guided and that of 22 is not.
     """
     last = _EDM2_STEPS - 1
     return Guidance(interval(2.0, _EDM2_FIRST / last, _EDM2_LAST / last))

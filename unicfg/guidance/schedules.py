@@ -189,6 +189,9 @@ class noise_interval:
         return table([self.scale if within else self.outside for within in inside])
 
 
+MOST_LOG_SNR = 1400.0  # beyond it a ratio of floats is 0 or infinite
+
+
 def log_snr_interval(
     scale: Scale | Schedule, low: float, high: float, outside: Scale | Schedule = 1.0
 ) -> noise_interval:
@@ -199,7 +202,8 @@ def log_snr_interval(
     """
     if not low <= high:
         raise ValueError(f"interval is [{low}, {high}], expected low <= high")
-    return noise_interval(scale, math.exp(-high / 2), math.exp(-low / 2), outside)
+    least, most = (math.exp(-min(max(end, -MOST_LOG_SNR), MOST_LOG_SNR) / 2) for end in (high, low))
+    return noise_interval(scale, least, most, outside)
 
 
 def at_levels(scale: Scale | Schedule, ratios: Sequence[float]) -> Scale | Schedule:

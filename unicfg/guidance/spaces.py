@@ -14,13 +14,15 @@ sample in each of them; what is done to the guided output afterwards does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Space = Literal["eps", "x0", "v", "flow", "score"]
 SPACES: tuple[Space, ...] = get_args(Space)
+Share = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class Level:
 
     Attributes:
         x: the noisy sample (B, ...) that the model saw.
-        alpha: share of the clean sample in it; a 0-d tensor, or one that broadcasts to x.
+        alpha: share of the clean sample in it: a number, (B,), or as many dimensions as x. Kept as a tensor that
+            broadcasts to x.
         sigma: share of the noise, likewise.
         space: of the predictions.
+
+    Raises:
+        ValueError: if a share has another shape.
     """
 
     x: Tensor
@@ -39,17 +45,30 @@ class Level:
     sigma: Tensor
     space: Space
 
+    def __post_init__(self) -> None:
+        """Give the shares the dimensions of x."""
+        for name in ("alpha", "sigma"):
+            object.__setattr__(self, name, _share(getattr(self, name), name, self.x))
+
     def to_space(self, out: Tensor, space: Space) -> Tensor:
         """A prediction of the model in another space."""
         return convert(out, self.x, self.alpha, self.sigma, self.space, space)
 
-    def leaves_open(self, space: Space) -> bool:
-        """Whether a prediction in ``space`` says nothing here: eps and score in pure noise, x0 in none.
+    def leaves_open(self, space: Space) -> Tensor:
+        """Where a prediction in ``space`` says nothing: eps and score in pure noise, x0 in none.
 
         All predictions are alike there, whatever the model thinks.
+
+        Returns:
+            bool, in the shape of the level.
         """
-        level = {"eps": self.alpha, "score": self.alpha, "x0": self.sigma}.get(space)
-        return level is not None and bool((level == 0).any())
+        shares = {"eps": self.alpha, "score": self.alpha, "x0": self.sigma}
+        return shares[space] == 0 if space in shares else torch.zeros_like(self.alpha).bool()
+
+    def elsewhere(self, places: Tensor) -> Level:
+        """The same with a level at ``places``, as of :meth:`leaves_open`, that leaves nothing open."""
+        alpha, sigma = (torch.where(places, 1.0, share) for share in (self.alpha, self.sigma))
+        return replace(self, alpha=alpha, sigma=sigma)
 
     def from_space(self, out: Tensor, space: Space) -> Tensor:
         """What the model would have had to predict for ``out`` in another space."""
@@ -68,15 +87,33 @@ def check_space(space: str) -> Space:
     raise ValueError(f"space is {space!r}, expected one of {', '.join(SPACES)}")
 
 
+def _share(share: Share, name: str, x: Tensor) -> Tensor:
+    """A share of the clean sample or of the noise as a tensor that broadcasts to x (B, ...).
+
+    Raises:
+        ValueError: if it has another shape: one that happens to broadcast would put samples on columns.
+    """
+    if not isinstance(share, Tensor):
+        return torch.tensor(float(share), dtype=torch.float64, device=x.device)
+    if share.ndim == 1 and len(share) in (1, len(x)):
+        return share.view(-1, *[1] * (x.ndim - 1))
+    if share.ndim in (0, x.ndim):
+        return share
+    raise ValueError(
+        f"{name} has shape {tuple(share.shape)} for samples {tuple(x.shape)}, expected (), (B,), or as many dimensions "
+        "as the samples"
+    )
+
+
 def split(
-    out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, space: Space
+    out: Tensor, x: Tensor, alpha: Share, sigma: Share, space: Space
 ) -> tuple[Tensor, Tensor]:
     """The clean sample and the noise that a prediction stands for.
 
     Args:
         out: a prediction (B, ...).
         x: the noisy sample x_t (B, ...) it was made for.
-        alpha: share of the clean sample; a 0-d tensor, or one that broadcasts to x.
+        alpha: share of the clean sample: a number, (B,), or as many dimensions as x.
         sigma: share of the noise, likewise.
         space: of ``out``.
 
@@ -85,8 +122,9 @@ def split(
 
     Raises:
         ValueError: if the space is unknown, or cannot be left at this noise level: eps and score where alpha is 0,
-            x0 where sigma is 0.
+            x0 where sigma is 0. If a share has another shape.
     """
+    alpha, sigma = _share(alpha, "alpha", x), _share(sigma, "sigma", x)
     check_level(alpha, sigma, space)
     return split_unchecked(out, x, alpha, sigma, space)
 
@@ -108,20 +146,21 @@ def split_unchecked(
     return (x - sigma * out) / total, (x + alpha * out) / total
 
 
-def join(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, space: Space) -> Tensor:
+def join(x0: Tensor, eps: Tensor, alpha: Share, sigma: Share, space: Space) -> Tensor:
     """What a perfect prediction of x0 and eps would be in a space: the target of training.
 
     Args:
         x0: clean samples (B, ...).
         eps: noise (B, ...).
-        alpha: a 0-d tensor, or one that broadcasts to x0.
-        sigma: likewise.
+        alpha: share of the clean sample: a number, (B,), or as many dimensions as x0.
+        sigma: share of the noise, likewise.
         space: of the result.
 
     Raises:
-        ValueError: if the space is unknown, or is score and sigma is 0.
+        ValueError: if the space is unknown, or is score and sigma is 0. If a share has another shape.
     """
     check_space(space)
+    alpha, sigma = _share(alpha, "alpha", x0), _share(sigma, "sigma", x0)
     if space == "eps":
         return eps
     if space == "x0":
@@ -135,7 +174,7 @@ def join(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, space: Space) ->
 
 
 def convert(
-    out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: Space, target: Space
+    out: Tensor, x: Tensor, alpha: Share, sigma: Share, source: Space, target: Space
 ) -> Tensor:
     """A prediction made in one space, in the coordinates of another.
 

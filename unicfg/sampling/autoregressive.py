@@ -22,6 +22,7 @@ from unicfg.sampling.branches import (
     OfBranches,
     Watch,
     begin_guidance,
+    check_condition,
     combine,
     network_and_null,
     plan,
@@ -125,6 +126,7 @@ def sample_autoregressive(
         >>> ids = sample_autoregressive(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
+    check_condition(cond)
     require(network, "sample_autoregressive", "num_tokens", "make_cache", "prefill", "decode")
     guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)

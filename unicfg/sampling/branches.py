@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from unicfg.guidance.core import Guidance, Scale, to_dtype
 from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
+from unicfg.sampling.tokens import is_count
 from unicfg.training.dropout import ConditionDropout, expand_null
+
+
+def check_condition(cond: object) -> None:
+    """Refuse a condition that is no tensor with a row for each sample.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(cond, Tensor) or not cond.ndim:
+        raise TypeError(f"cond is {cond!r:.100}, expected a tensor (B, ...)")
 
 
 def require(model: Any, sampler: str, *names: str) -> None:
@@ -93,11 +104,13 @@ class Guided(NamedTuple):
         out: the guided output (B, ...).
         scale: s at this step: a float or (B,).
         outputs: of each branch that the step needed (B, ...).
+        still: the samples that a mitigation holds where they are, bool (), (1,) or (B,); None where there are none.
     """
 
     out: Tensor
     scale: Scale
     outputs: Mapping[str, Tensor]
+    still: Tensor | None = None
 
 
 class Watch:
@@ -207,14 +220,14 @@ def combine(
         if guidance.mitigations:  # the formula itself makes no such numbers
             what = f"the guided output holds NaN or +inf at {step}"
             watch.see(what, _broken_samples(out), CHECK_GUIDANCE)
-        return Guided(out, guidance.scale_at(progress), outputs)
+        return Guided(out, guidance.scale_at(progress), outputs, guidance.still_at(progress))
     # before they are guided, which saturates +inf; -inf masks a logit and is let through
     guided: list[int] = []
     if not any(_is_broken(out) for out in outputs.values()):
         check_same_shape(outputs)
         out = guidance.combine_branches(progress, outputs, level)
         if not _is_broken(out):
-            return Guided(out, guidance.scale_at(progress), outputs)
+            return Guided(out, guidance.scale_at(progress), outputs, guidance.still_at(progress))
         guided = places_of(_broken_samples(out))
     broken = {name: places_of(_broken_samples(out)) for name, out in outputs.items()}
     raise unsound_output("holds NaN or +inf", step, broken, guided)
@@ -305,10 +318,13 @@ def network_and_null(model: Any, uncond: Tensor | None) -> tuple[Any, Tensor | N
 
     Raises:
         ValueError: if the network is in training mode.
+        TypeError: if ``uncond`` is no tensor.
     """
     network: Any = model
     if isinstance(model, ConditionDropout):
         network = model.model
+    if not (uncond is None or isinstance(uncond, Tensor)):
+        raise TypeError(f"uncond is {uncond!r:.100}, expected a tensor, or None")
     if uncond is None:
         # of the dropout wrapper, or of a model that brings one without it
         null = getattr(model, "null_condition", None)
@@ -407,7 +423,9 @@ def _uncond(cond: Tensor, uncond: Tensor | None) -> Tensor:
     return _one_or_each("uncond", uncond, cond)
 
 
-def _one_or_each(name: str, own: Tensor, cond: Tensor) -> Tensor:
+def _one_or_each(name: str, own: object, cond: Tensor) -> Tensor:
+    if not isinstance(own, Tensor):
+        raise TypeError(f"{name} is {own!r:.100}, expected a tensor")
     if own.shape not in (cond.shape, cond.shape[1:]):
         raise ValueError(
             f"{name} has shape {tuple(own.shape)}, expected {tuple(cond.shape[1:])} "
@@ -505,7 +523,7 @@ class WholeGridPass:
         device: torch.device | None = None,
         refresh: int = 1,
     ) -> None:
-        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+        if not is_count(refresh):
             raise ValueError(f"refresh is {refresh!r}, expected an int >= 1")
         self.guidance, self.batch, self.refresh = guidance, batch, refresh
         self._held: dict[str, Tensor] = {}  # cond_out - out of the other branches

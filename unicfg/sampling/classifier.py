@@ -129,8 +129,9 @@ class ClassifierDenoiser:
     def _step(self, x: Tensor, cond: Tensor, t: Tensor) -> Tensor:
         """What the gradient adds to the prediction."""
         t = t.clamp(max=LATEST)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+        # a caller's inference mode would not let a gradient be taken of what was made in it
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf, cond, t = x.detach().clone().requires_grad_(), cond.clone(), t.clone()
             log_prob = self.log_prob(leaf, cond, t)
             if log_prob.shape != (len(x),):
                 raise ValueError(

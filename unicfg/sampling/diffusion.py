@@ -17,6 +17,7 @@ from unicfg.sampling.branches import (
     Guided,
     WholeGridPass,
     begin_guidance,
+    check_condition,
     network_and_null,
     plan,
     progress_at,
@@ -112,6 +113,7 @@ def sample_diffusion(
         >>> latents = sample_diffusion(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], solver="heun")
     """
     network, uncond = network_and_null(model, uncond)
+    check_condition(cond)
     shape = tuple(
         _declared(network, "latent_shape", "shape", None if shape is None else tuple(shape))
     )

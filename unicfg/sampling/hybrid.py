@@ -24,10 +24,10 @@ from unicfg.sampling.branches import (
     Watch,
     WholeGridPass,
     begin_guidance,
+    check_condition,
     combine,
     network_and_null,
     plan,
-    progress_at,
     require,
 )
 from unicfg.sampling.masked import reveal_counts
@@ -90,7 +90,8 @@ class LatentStep:
 
     Attributes:
         index: of the step: L of them in causal order.
-        progress: index / (steps - 1).
+        progress: share of the tokens that are known before the step, of what is known before the last one: 0.0 at the
+            first step, 1.0 at the last, 0.0 at an only one. In causal order index / (L - 1).
         scale: s at this step: a float or (B,).
         latents: (B, L, C); 0 where not drawn yet.
         known: bool (B, L), True where drawn.
@@ -174,6 +175,7 @@ def sample_hybrid(
         >>> latents = sample_hybrid(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1])
     """
     network, uncond = network_and_null(model, uncond)
+    check_condition(cond)
     require(network, "sample_hybrid", "head", "num_tokens", "order")
     guidance = begin_guidance(guidance, network.head.space)
     if guide_at not in GUIDE_AT:
@@ -211,7 +213,8 @@ def sample_hybrid(
             "compile is True with a model of the order 'masked', expected 'causal': there is no decode step to compile"
         )
     edges = list(range(length + 1)) if causal else _edges(length, passes)
-    progresses = [progress_at(index, len(edges) - 1) for index in range(len(edges) - 1)]
+    # the share of what the last pass sees; one token a pass is the same share of passes
+    progresses = [known / max(edges[-2], 1) for known in edges[:-1]]
     groups = plan(network, cond, uncond, branches, guidance, progresses)
     if guide_at != "head" and len(groups) > 1:
         raise ValueError(
@@ -448,7 +451,7 @@ class _Head:
                 outputs.update(zip(names, rows.chunk(len(names)), strict=True))
             level = Level(x, *self.levels[index], space) if running.mitigations else None
             out = running.combine_branches(progress, outputs, level)
-            guided = Guided(out, scale, outputs)
+            guided = Guided(out, scale, outputs, running.still_at(progress))
             if self.looks:
                 require_finite(guided, f"step {index}")
             return guided

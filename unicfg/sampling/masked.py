@@ -20,6 +20,7 @@ from unicfg.sampling.branches import (
     OfBranches,
     WholeGridPass,
     begin_guidance,
+    check_condition,
     network_and_null,
     plan,
     require,
@@ -32,6 +33,7 @@ from unicfg.training.dropout import ConditionDropout
 
 Reveal = Literal["cosine", "linear", "arccos", "halton"]
 REVEALS: tuple[Reveal, ...] = get_args(Reveal)
+CHOICE_NOISE = 4.5
 
 
 class MaskedModel(Protocol):
@@ -90,7 +92,7 @@ def sample_masked(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    choice_noise: float = 4.5,
+    choice_noise: float = CHOICE_NOISE,
     init: Tensor | None = None,
     mask: Tensor | None = None,
     refresh: int = 1,
@@ -115,7 +117,7 @@ def sample_masked(
         top_k: keep the k most likely tokens, after guidance.
         top_p: keep the most likely tokens up to this probability, after guidance.
         choice_noise: Gumbel noise on the log confidence, which is that of the guided softmax before temperature and filters,
-            annealed to 0 over the steps; 0 keeps the most confident.
+            annealed to 0 over the steps; 0 keeps the most confident. MaskGIT's choice temperature; "halton" has none.
         init: tokens to inpaint, (B, L) or (B, h, w), or one sample's (L,), (h, w) for all.
         mask: bool, True where to draw anew: a shape of ``init``. The rest of ``init`` is shown to the model and comes
             back as it is.
@@ -136,6 +138,7 @@ def sample_masked(
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
     """
     network, uncond = network_and_null(model, uncond)
+    check_condition(cond)
     require(network, "sample_masked", "num_tokens", "mask_token")
     guidance = begin_guidance(guidance, "logits")
     choose = TokenFilter(temperature, top_k, top_p)
@@ -150,7 +153,8 @@ def sample_masked(
     if not any(busy):
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
-    progresses = [share / max(shares[-1], 1e-12) for share in shares]
+    # rounded, or the ends of an interval at 0.4 would miss a step at 0.3999999999999999
+    progresses = [round(share / max(shares[-1], 1e-12), 12) for share in shares]
     # with refresh, a step that reveals nothing here may hold the direction for those that do: a sample is not to depend on
     # the others of its batch
     passes = [p for p, runs in zip(progresses, busy, strict=True) if runs or refresh > 1]
@@ -330,3 +334,8 @@ def _check_options(steps: int, reveal: str, choice_noise: float) -> None:
         raise ValueError(f"reveal is {reveal!r}, expected one of {', '.join(REVEALS)}")
     if not (math.isfinite(choice_noise) and choice_noise >= 0):
         raise ValueError(f"choice_noise is {choice_noise}, expected a finite number >= 0")
+    if reveal == "halton" and choice_noise != CHOICE_NOISE:
+        raise ValueError(
+            f"choice_noise is {choice_noise} with reveal 'halton', which asks for no confidence: expected reveal to be "
+            "'cosine', 'linear' or 'arccos'"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ def check_seeds(seeds: Sequence[int], batch: int) -> list[int]:
 
     Raises:
         ValueError: if their number is not the batch size, or one has more than 64 bits.
-        TypeError: if one is no integer.
+        TypeError: if they are no sequence, or one is no integer.
     """
     if batch < 1:
         raise ValueError(f"the batch has {batch} samples, expected at least one")
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds is {seeds!r}, expected a sequence of ints, one a sample")
     seeds = list(seeds)
     if len(seeds) != batch:
         raise ValueError(

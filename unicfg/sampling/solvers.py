@@ -39,6 +39,7 @@ from unicfg.sampling.branches import (
 )
 from unicfg.sampling.paths import Path, shift_time
 from unicfg.sampling.randomness import normal
+from unicfg.sampling.tokens import is_count
 
 Solver = Literal["ddim", "heun", "dpmpp_2m", "cfg_pp"]
 Spacing = Literal["uniform", "karras"]
@@ -165,6 +166,13 @@ class Prediction:
         """The clean sample x0 and the noise eps."""
         return split_unchecked(self.out, self.x, self.alpha, self.sigma, self.space)
 
+    def of_moving(self, values: Tensor) -> Tensor:
+        """The values (B, ...), and 0 in the samples that are held where they are."""
+        still = self.guided.still
+        if still is None:
+            return values
+        return values.masked_fill(still.to(values.device).view(-1, *[1] * (values.ndim - 1)), 0.0)
+
     @property
     def x0(self) -> Tensor:
         """The clean sample."""
@@ -260,7 +268,7 @@ def _heun(walk: _Walk, i: int, now: Prediction) -> Tensor:
     if sigma == 0:
         return euler
     then = walk.predict(i + 1, euler)
-    velocity = ((now.eps - now.x0) + (then.eps - then.x0)) / 2
+    velocity = now.of_moving(((now.eps - now.x0) + (then.eps - then.x0)) / 2)
     straight = now.x / (walk.alpha[i] + walk.sigma[i])
     return (alpha + sigma) * (straight + (walk.tau(i + 1) - walk.tau(i)) * velocity)
 
@@ -276,7 +284,8 @@ def _dpmpp_2m(walk: _Walk, i: int, now: Prediction, before: Prediction | None) -
         return walk.first_order(i, now)
     step = walk.log_ratio(i + 1) - walk.log_ratio(i)
     step_before = walk.log_ratio(i) - walk.log_ratio(i - 1)  # infinite after a start at alpha = 0
-    x0 = now.x0 + (now.x0 - before.x0) * (step / (2 * step_before))
+    change = before.of_moving(now.of_moving(now.x0 - before.x0))
+    x0 = now.x0 + change * (step / (2 * step_before))
     return alpha * x0 + sigma * (now.x - walk.alpha[i] * x0) / walk.sigma[i]
 
 
@@ -425,7 +434,7 @@ def check_steps(steps: int, name: str = "steps") -> int:
     Raises:
         ValueError: if it is no int, or below 1.
     """
-    if isinstance(steps, bool) or not hasattr(steps, "__index__") or operator.index(steps) < 1:
+    if not is_count(steps):
         raise ValueError(f"{name} is {steps!r}, expected an int of at least 1")
     return operator.index(steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,13 @@ _COLDEST, _HOTTEST = 1e-37, 1e37
 ALL_MASKED = (
     "expected one with a guided logit above -inf, and the model or a mitigation masks every one"
 )
+
+
+def is_count(value: object) -> bool:
+    """Whether it is an int of at least 1, numpy's included, and no bool."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return False
+    return operator.index(value) >= 1
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ class TokenFilter:
         """Check the ranges."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature is {self.temperature}, expected a finite number >= 0")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k is {self.top_k}, expected an int >= 1, or None for all")
+        if self.top_k is not None and not is_count(self.top_k):
+            raise ValueError(f"top_k is {self.top_k!r}, expected an int >= 1, or None for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1, or None for all")
 

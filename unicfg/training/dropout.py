@@ -6,13 +6,14 @@ conditional and the unconditional output (Ho and Salimans, arXiv 2207.12598, alg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Condition: TypeAlias = "Tensor | tuple[Condition, ...] | list[Condition] | dict[str, Condition]"
+Condition: TypeAlias = "Tensor | tuple[Condition, ...] | list[Condition] | Mapping[str, Condition]"
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor
     """Replace the condition of the chosen samples, out of place.
 
     Args:
-        condition: a tensor (B, ...), or a tuple, list or dict of these.
+        condition: a tensor (B, ...), or a tuple, list or mapping of these.
         null_condition: the same structure without the batch dimension.
         drop: bool (B,), True where the condition is to be replaced.
 
     Returns:
-        a new condition of the same structure; ``condition`` itself is left as it was.
+        a new condition of the same structure, mappings as dicts; ``condition`` itself is left as it was.
 
     Raises:
-        TypeError: if the structures or dtypes differ, or ``drop`` is not bool.
+        TypeError: if the structures or dtypes differ, there is something else than tensors in it, or ``drop`` is not bool.
         ValueError: if the shapes do not match.
 
     Example:
@@ -71,8 +72,8 @@ def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor
         tensor([[0, 0],
                 [7, 8]])
     """
-    if isinstance(condition, dict):
-        if not isinstance(null_condition, dict) or condition.keys() != null_condition.keys():
+    if isinstance(condition, Mapping):
+        if not isinstance(null_condition, Mapping) or condition.keys() != null_condition.keys():
             raise TypeError(f"null_condition is no dict with the keys {sorted(condition)}")
         return {k: drop_condition(v, null_condition[k], drop) for k, v in condition.items()}
     if isinstance(condition, (tuple, list)):
@@ -80,6 +81,7 @@ def drop_condition(condition: Condition, null_condition: Condition, drop: Tensor
             raise TypeError(f"null_condition is no sequence of {len(condition)} entries")
         pairs = zip(condition, null_condition, strict=True)
         return same_kind(condition, [drop_condition(c, n, drop) for c, n in pairs])
+    condition = _tensor(condition, "condition")
     if not isinstance(null_condition, Tensor) or condition.dtype != null_condition.dtype:
         kind = getattr(null_condition, "dtype", type(null_condition).__name__)
         raise TypeError(f"condition is {condition.dtype} and null_condition {kind}, expected equal")
@@ -117,12 +119,13 @@ class ConditionDropout(nn.Module):
     Args:
         model: any callable module ``model(x, cond, ...)``.
         null_condition: what stands for "no condition": a tensor without batch dimension (T,) or (T, D), or a
-            tuple, list or dict of tensors.
+            tuple, list or mapping of tensors.
         p: probability of dropping, in [0, 1].
         seed: of the draws.
 
     Raises:
         ValueError: if ``p`` lies outside [0, 1].
+        TypeError: if ``null_condition``, or in training mode a condition, holds something else than tensors.
 
     Example:
         >>> wrapped = ConditionDropout(model, null_condition=torch.zeros(8, dtype=torch.long), p=0.1)
@@ -153,11 +156,12 @@ class ConditionDropout(nn.Module):
 
     def _register(self, condition: Condition) -> Any:
         """Store each tensor under a numbered name; returns the structure with names for tensors."""
-        if isinstance(condition, dict):
+        if isinstance(condition, Mapping):
             return {k: self._register(v) for k, v in condition.items()}
         if isinstance(condition, (tuple, list)):
             return same_kind(condition, [self._register(v) for v in condition])
         name = f"null_{sum(key.startswith('null_') for key in (*self._parameters, *self._buffers))}"
+        condition = _tensor(condition, "null_condition")
         if condition.is_floating_point():
             self.register_parameter(name, nn.Parameter(condition.detach().clone()))
         else:
@@ -199,8 +203,16 @@ def same_kind(example: Any, items: list[Any]) -> Any:
     return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
 
 
+def _tensor(condition: object, name: str) -> Tensor:
+    if not isinstance(condition, Tensor):
+        raise TypeError(
+            f"{name} is or holds {condition!r:.100}, expected a tensor, or a tuple, list or mapping of tensors"
+        )
+    return condition
+
+
 def _batch_size(condition: Condition) -> int:
-    while not isinstance(condition, Tensor):
-        values = condition.values() if isinstance(condition, dict) else condition
-        condition = next(iter(values))
-    return len(condition)
+    first: object = condition
+    while isinstance(first, (Mapping, tuple, list)) and first:
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return len(_tensor(first, "cond"))

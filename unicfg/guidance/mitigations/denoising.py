@@ -73,7 +73,7 @@ class dynamic_threshold:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_range(self, "percentile", 0, 1, open_end=True)
-        check_range(self, "limit", 0, open_end=True)
+        check_range(self, "limit", 0, torch.finfo(torch.float32).max, open_end=True)
 
     @per_sample
     def __call__(self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor) -> Tensor:
@@ -231,11 +231,13 @@ class _RunningApg:
     @per_sample
     def _with_momentum(self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor) -> Tensor:
         direction = cond_out - uncond_out
-        s_minus_1 = strength(guided, cond_out, uncond_out)
         if self.before is not None:
-            direction = direction + self.settings.momentum * self.before
+            held = self.settings.momentum * self.before
+            # added to what is there: a mitigation before this one may have moved it
+            guided = guided + strength(guided, cond_out, uncond_out) * held
+            direction = direction + held
         self.now = direction
-        return self.settings.project(cond_out + s_minus_1 * direction, cond_out, direction)
+        return self.settings.project(guided, cond_out, direction)
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,9 @@ class cfg_zero_star:
 class zero_init:
     """Stand still during the first steps, whose velocity is the least reliable: zero velocity up to a progress.
 
-    Fan et al., arXiv 2503.18886, section 4.2: about 4 % of the steps. Where the scale is 1 nothing is touched.
+    Fan et al., arXiv 2503.18886, section 4.2: about 4 % of the steps. Where the scale is 1 nothing is touched. The solvers
+    of ``unicfg.sampling`` take no second-order step from a place where a sample stood still; a multistep scheduler of
+    diffusers cannot know, so there ``until`` is best left at 0.
 
     Args:
         until: last progress that is skipped, included; 0 skips the first step alone.
@@ -277,9 +281,13 @@ class zero_init:
         """Check the range."""
         check_range(self, "until", 0, 1)
 
+    def holds_at(self, progress: float) -> bool:
+        """Whether samples stand still at ``progress``."""
+        return progress <= self.until
+
     def at(self, progress: float) -> Mitigation:
         """What it does at ``progress``."""
-        return _nothing if progress > self.until else self
+        return self if self.holds_at(progress) else _nothing
 
     @per_sample
     def __call__(self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor) -> Tensor:

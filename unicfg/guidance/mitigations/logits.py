@@ -4,7 +4,8 @@ In the equations g is the guided row of logits, c the conditional, u the uncondi
 
 The softmax ignores a constant added to a row, norms and projections do not, so such a constant has to be fixed first
 (a gauge): where it matters, rows are centred on their mean. Tokens that are masked (-inf) in any of the three outputs
-take no part in sums and stay as guidance left them; a row that is masked throughout stays as it is.
+take no part in sums and stay as guidance left them; a row that is masked throughout stays as it is. What only masks
+(``plausibility``, ``top_k_of_cond``) asks the conditional output alone.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _kl(log_p: Tensor, log_q: Tensor, counts: Tensor) -> Tensor:
 class temperature_matching:
     """Give the guided logits the deviation of the conditional ones, by a share phi: the twin of ``rescale``.
 
-    A guided row divided by a temperature, phi * std(g) / std(c) at phi = 1, so that extrapolation turns the
+    A guided row divided by a temperature, which is std(g) / std(c) at phi = 1, so that extrapolation turns the
     distribution and does not sharpen it (Lin et al., arXiv 2305.08891, equations 15 and 16, on centred logits).
 
     Args:
@@ -219,14 +220,11 @@ class plausibility:
         """Check the range."""
         check_range(self, "alpha", 0, 1, open_end=True)
 
-    @per_row
-    def __call__(
-        self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor, counts: Tensor
-    ) -> Tensor:
+    @per_sample
+    def __call__(self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor) -> Tensor:
         """Mask."""
-        masked = cond_out.masked_fill(~counts, -math.inf)
-        least = masked.amax(-1, keepdim=True) + math.log(self.alpha)
-        return guided.masked_fill(masked < least, -math.inf)
+        least = cond_out.amax(-1, keepdim=True) + math.log(self.alpha)
+        return guided.masked_fill(cond_out < least, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -250,12 +248,9 @@ class top_k_of_cond:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"top_k_of_cond: k is {self.k!r}, expected an int of at least 1")
 
-    @per_row
-    def __call__(
-        self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor, counts: Tensor
-    ) -> Tensor:
+    @per_sample
+    def __call__(self, guided: Tensor, cond_out: Tensor, uncond_out: Tensor) -> Tensor:
         """Mask."""
-        masked = cond_out.masked_fill(~counts, -math.inf)
-        kept = masked.topk(min(self.k, masked.shape[-1]), dim=-1).indices
-        chosen = torch.zeros_like(counts).scatter_(-1, kept, True)
+        kept = cond_out.topk(min(self.k, cond_out.shape[-1]), dim=-1).indices
+        chosen = torch.zeros_like(guided, dtype=torch.bool).scatter_(-1, kept, True)
         return guided.masked_fill(~chosen, -math.inf)
