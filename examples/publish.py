@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--reconstruction", type=Path, help="picture of held-out images to write")
     options = parser.parse_args()
 
+    if options.out.exists() and any(options.out.iterdir()):
+        held_families(options.out)  # what is replaced is a pipeline, or this raises
     # all is read before anything is written, and the old folder goes only when the new one is whole
     pipes = [
         TextToImage.from_pretrained(options.run, family) for family in held_families(options.run)

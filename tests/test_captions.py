@@ -18,6 +18,7 @@ from unicfg.evaluation.captions import (
     minilm,
 )
 from unicfg.evaluation.results import TooFew
+from unicfg.evaluation.uncertainty import share
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,7 +46,8 @@ def test_images_that_show_their_captions_have_rank_1():
     scorer, features, candidates = toy()
     assert caption_ranks(scorer, features, torch.arange(60), candidates).tolist() == [1.0] * 60
     shown = caption_measures(torch.ones(60), 60)
-    assert shown["caption_top5"][:2] == (1.0, 0.0)
+    assert shown["caption_top5"] == share("caption_top5", 60, 60)
+    assert shown["caption_top5"].value == 1.0 and shown["caption_top5"].error > 0.0
     assert shown["caption_rank"][:2] == (1.0, 0.0)
 
 

@@ -115,6 +115,17 @@ def test_bad_comparisons_are_refused_in_one_line(folder, options, message, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_drawn_images_is_not_written_over(folder, tmp_path, capsys):
+    out = tmp_path / "images"
+    drawn = ["generate", "a red circle", "--weights", str(folder), "-n", "1", "--out", str(out)]
+    compared = ["compare", "a red circle", "--weights", str(folder), "--scales", "1"]
+    for arguments, code in ((drawn, 0), ([*compared, "--out", str(out)], 2), (drawn, 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+    assert "holds images of unicfg generate, expected another folder" in capsys.readouterr().err
+
+
 def test_scales_that_print_alike_have_images_of_their_own(folder, tmp_path):
     scales = [1.0, 1.0000001]
     compare(CAPTIONS[0], weights=folder, families=["ar"], scales=scales).save(tmp_path / "r")

@@ -72,11 +72,25 @@ def test_select_refuses_an_index_outside(index):
 
 
 def test_split_follows_the_field_whatever_the_fraction():
-    names = ["train", "val_pair", "val", "test", "validation"]
-    data = image_set(6, [{"split": name} for name in names] + [{}])
+    names = ["train", "val_pair", "val", "test", "validation", "dev", "Valid", "eval", "valley"]
+    data = image_set(10, [{"split": name} for name in names] + [{}])
     train, val = data.split(0.0)
-    assert first_pixels(val) == [1, 2, 4]
-    assert first_pixels(train) == [0, 3, 5]
+    assert first_pixels(val) == [1, 2, 4, 5, 6]
+    assert first_pixels(train) == [0, 8, 9]  # a test is in neither
+
+
+def test_a_picture_with_several_captions_is_on_one_side():
+    images = torch.arange(200).repeat_interleave(5).to(torch.uint8).view(-1, 1, 1, 1)
+    names = [f"{i // 5}.png" for i in range(1000)]
+    data = ImageSet(
+        images.expand(-1, 3, 2, 2), [f"caption {i}" for i in range(1000)], [{}] * 1000, names=names
+    )
+    train, val = data.split(0.1)
+    assert {*train.names} | {*val.names} == {*names} and not {*train.names} & {*val.names}
+    assert 50 <= len(val) <= 150 and len(val) % 5 == 0
+    # what cannot be read, or comes later, moves no other
+    fewer = data.select(range(7, 800)).split(0.1)[1]
+    assert {*fewer.names} == {n for n in {*val.names} & {*names[7:800]}}
 
 
 def test_split_by_hash_holds_out_the_fraction_and_loses_nothing():

@@ -201,6 +201,7 @@ def test_generate_from_a_file_of_prompts(folder, tmp_path):
         (("x", "--prompts", "file.txt"), "expected either a PROMPT or --prompts FILE"),
         (("--prompts", "none.txt"), "no prompts at none.txt"),
         (("x", "--scale", "nan"), "scale is nan, expected a finite number"),
+        (("x", "--scale", "7", "--scales", "1", "2"), "--scale is 7 with --scales, expected one"),
         (("x", "--top-k", "0"), "top_k is 0"),
         (("x", "--top-p", "2"), "top_p is 2"),
         (("x", "--temperature", "-1"), "temperature is -1"),

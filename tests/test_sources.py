@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from unicfg.training import sources
+from unicfg.training.data import read_folder
 from unicfg.training.recipe import DataRecipe
 from unicfg.training.shapes import make_shapes
 from unicfg.training.shards import Shards
@@ -121,10 +122,12 @@ def test_every_source_gives_the_same_pixels_and_captions(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_source_is_split_alike_by_position_and_caption(tmp_path, kind):
+def test_a_source_is_split_alike_by_file_or_by_position_and_caption(tmp_path, kind):
     recipe = RECIPES[kind](tmp_path / "data")
     prepared(recipe, tmp_path / "images", validation=0.4)
-    expected = SCENES.split(0.4)
+    # a study asks for what a training held out: both read a folder
+    whole = SCENES if recipe.source != "folder" else read_folder(recipe.path, 16, progress=False)
+    expected = whole.split(0.4)
     for part, own in zip(("train", "validation"), expected, strict=True):
         (pixels,) = Shards(tmp_path / "images" / part, ("images",)).first(100)
         assert torch.equal(pixels, own.images) and 0 < len(own) < len(SCENES)
@@ -305,6 +308,22 @@ def test_splits_that_the_data_names_are_kept_and_a_test_split_is_left_alone(tmp_
     assert captions == SCENES.captions[:6] and torch.equal(pixels, SCENES.images[:6])
     held_out = [c for some in read_captions(tmp_path / "images", "validation") for c in some]
     assert held_out == SCENES.captions[6:9]
+
+
+def test_a_folder_that_names_its_splits_keeps_tests_out_of_the_training(tmp_path):
+    parts = ["train", "dev", "test", "Validation", "eval", "val_pair", "other"]
+    folder = write_folder(tmp_path / "data")
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row, part in zip(lines, parts, strict=False):  # the others are of no split
+        row["split"] = part
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    captions = [row["text"] for row in lines]
+    _, train = prepared(
+        DataRecipe(path=str(folder), image_size=16), tmp_path / "images", validation=0.9
+    )
+    assert train == [captions[0], *captions[6:]]
+    held_out = [c for some in read_captions(tmp_path / "images", "validation") for c in some]
+    assert held_out == [captions[1], captions[3], captions[5]]
 
 
 def test_names_in_archives_and_metadata_lead_nowhere(tmp_path):

@@ -297,6 +297,10 @@ def test_a_folder_with_something_else_is_refused(weights, tmp_path):
     (strange / "study.json").write_text('{"study": 3}')
     with pytest.raises(ValueError, match="is not the settings of a study"):
         run(plan, strange, progress=False)
+    left = tmp_path / "left"  # by a study that was killed as it wrote its first file
+    left.mkdir()
+    (left / ".study.json.123.tmp").write_text("{")
+    assert studies._fitting(left, {"study": {}}) == {"study": {}}
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no study"):

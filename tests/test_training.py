@@ -109,6 +109,15 @@ def test_a_recipe_is_read_with_its_types(tmp_path):
         ({"families": {"ar": 3}}, "families: 3, expected a section"),
         ({"model": {"training": {"steps": 0}}}, "steps is 0, expected at least 1"),
         ({"model": {"training": {"ema": 1.0}}}, r"ema is 1\.0"),
+        (
+            {"model": {"training": {"optimizer": "sgd"}}},
+            r"optimizer is 'sgd', expected one of \['adamw', 'muon'\]",
+        ),
+        ({"model": {"training": {"betas": [0.9]}}}, r"betas is \[0\.9\], expected 2 values"),
+        (
+            {"model": {"training": {"precision": "half"}}},
+            r"precision is 'half', expected one of \['float32', 'bfloat16', None\]",
+        ),
     ],
 )
 def test_bad_recipes_are_refused_with_the_key(tmp_path, change, message):
@@ -344,6 +353,33 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+def test_files_that_are_not_ours_are_left_alone(tmp_path):
+    mine = [tmp_path / "run" / name for name in (".notes.tmp", ".folder.7.tmp")]
+    mine[1].mkdir(parents=True)
+    mine[0].write_text("mine")
+    train(load_recipe(write_recipe(tmp_path, tiny_recipe(tmp_path / "run", steps=1))))
+    assert mine[0].read_text() == "mine" and mine[1].is_dir()
+
+
+def test_settings_of_a_model_are_open_until_it_has_a_checkpoint(tmp_path, monkeypatch):
+    values = tiny_recipe(tmp_path / "run", steps=2)
+
+    def ends(*args, **options):
+        raise FloatingPointError("lower the learning rate")
+
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+        patch.setattr("unicfg.training.trainer._train_model", ends)
+        train(load_recipe(write_recipe(tmp_path, values)))
+    values["model"]["training"]["learning_rate"] = 1e-4
+    recipe = load_recipe(write_recipe(tmp_path, values))
+    train(recipe, resume=True)
+    held = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert held["models"]["ar"]["training"]["learning_rate"] == 1e-4
+    values["model"]["training"]["learning_rate"] = 1e-3
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.0001, now 0\.001"):
+        train(load_recipe(write_recipe(tmp_path, values)), resume=True)
+
+
 def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl", 0)
     for step in range(1, 6):
@@ -366,6 +402,16 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys)
     assert step == 2 and tensors["x"].tolist() == [2.0] * 4 and settings == {"a": 2}
     assert "step-00000003" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "none").load() is None
+
+
+def test_a_broken_checkpoint_does_not_cost_the_ones_that_follow(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(200, {"x": torch.zeros(4)}, {})
+    checkpoints.files()[0].write_bytes(b"broken")
+    assert checkpoints.load() is None and "starting at step 0" in capsys.readouterr().out
+    for step in (50, 100):
+        checkpoints.save(step, {"x": torch.zeros(4)}, {})
+        assert checkpoints.load()[0] == step
 
 
 def test_a_full_disk_leaves_the_old_file_whole_and_no_rubbish(tmp_path):
@@ -783,6 +829,12 @@ def test_other_data_is_not_resumed_and_a_finished_run_may_be(tmp_path, monkeypat
         ("model", {"heads": 5}, "width is 32, expected a multiple of heads"),
         ("text", {"vocabulary": 100}, "vocabulary is 100, expected at least 259"),
         ("tokenizer", {"levels": [5, 1]}, r"levels is \(5, 1\)"),
+        (
+            "model",
+            {"training": {"batch_size": 8, "accumulate": 3}},
+            "batch_size is 8, expected a mu",
+        ),
+        ("tokenizer", {"training": {"optimizer": "muon"}}, "tokenizer: optimizer is 'muon', exp"),
     ],
 )
 def test_settings_are_refused_before_anything_is_written(tmp_path, section, change, message):

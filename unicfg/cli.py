@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from models import TextToImage
+from models.batches import OutOfMemory
 from models.folders import held_families
 from models.pipeline import MODEL_CLASSES, Options
 from unicfg.evaluation.comparison import compare as draw_comparison
@@ -39,7 +40,8 @@ ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; see examples/recipes.")],
     family: Annotated[
-        str | None, typer.Option(help="ar, masked, diffusion, flow or hybrid, not the recipe's.")
+        str | None,
+        typer.Option(help="Instead of the recipe's: ar, masked, diffusion, flow or hybrid."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     until: Annotated[
@@ -69,7 +71,9 @@ def train(
     if not join_processes().is_main_process:
         return
     if pipe is None:
-        print(f"{until} are in {settings.out}: --resume goes on from there")
+        print(
+            f"stopped after the stage {until}; {settings.out} has it: --resume goes on from there"
+        )
         return
     command = f"unicfg generate PROMPT --weights {settings.out} --family {settings.model.family}"
     print(f"the pipeline is in {settings.out}: {command}")
@@ -88,14 +92,15 @@ def generate(
         str, typer.Option(help="ar, masked, diffusion, flow or hybrid; what the weights hold.")
     ] = "ar",
     scale: Annotated[
-        float, typer.Option(help="s: 1 is the conditional model, more is stronger.")
-    ] = 3.0,
+        float | None,
+        typer.Option(help="s: 1 is the conditional model, more is stronger.", show_default="3.0"),
+    ] = None,
     scales: Annotated[
         list[float] | None,
         typer.Option(help="Several scales at once, for a grid: --scales 0 1 2 4 8."),
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images a prompt.", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="Of the first image; the next has seed + 1.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next has seed + 1.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Of the sampler; for all families but ar.", min=1)
     ] = None,
@@ -143,7 +148,9 @@ def generate(
     or -n, and is shared among the processes of torchrun or accelerate launch.
     """
     texts = _prompts(prompt, prompts)
-    values = scales or [scale]
+    if scale is not None and scales:
+        raise ValueError(f"--scale is {scale:g} with --scales, expected one of them")
+    values = scales or [3.0 if scale is None else scale]
     # what is bad is refused before weights are read
     if negative is None and away != 1.0:
         raise ValueError(f"--away is {away} without --negative, expected both or none")
@@ -229,7 +236,8 @@ def compare(
         str | None, typer.Argument(help="What to draw; or --data, for a whole study.")
     ] = None,
     scales: Annotated[
-        list[float] | None, typer.Option(help="The columns: --scales 1 2 4 8 16.")
+        list[float] | None,
+        typer.Option(help="The columns [1 2 4 8 16]; of a study [0 1 1.5 2 3 5 8 15]."),
     ] = None,
     families: Annotated[
         list[str] | None, typer.Option(help="The rows; all that the weights hold.")
@@ -239,10 +247,10 @@ def compare(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("-n", help="Seeds, a row each; of a study: images a cell.", min=1),
+        typer.Option("-n", help="Seeds, a row each [1]; of a study: images a cell [256].", min=1),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the first image; the next has seed + 1.", min=0)
+        int | None, typer.Option(help="Seed of the first image; the next has seed + 1.", min=0)
     ] = None,
     data: Annotated[
         str | None,
@@ -259,7 +267,9 @@ def compare(
     ] = None,
     draws: Annotated[
         int | None,
-        typer.Option(help="Of a study: images of each prompt whose diversity is looked at.", min=0),
+        typer.Option(
+            help="Of a study: images of each open prompt, to measure diversity [32].", min=0
+        ),
     ] = None,
     features: Annotated[
         str | None,
@@ -270,7 +280,9 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A picture to write, or a folder for single images, or for the study."),
+        typer.Option(
+            help="A picture to write [out/compare.png], or a folder for single images, or for the study [out/study]."
+        ),
     ] = None,
 ) -> None:
     """Draw one prompt with every family at every scale, or make a whole study with a report.
@@ -291,7 +303,9 @@ def compare(
         if value is not None:
             raise ValueError(f"--{name} is of a study, expected --data or --study with it")
     if prompt is None:
-        raise ValueError("expected a PROMPT, --data or --study")
+        raise ValueError(
+            "expected a PROMPT, --data or --study (a single word after --families is taken for a family: put the PROMPT first)"
+        )
     out = out or Path("out/compare.png")
     _is_folder(out)  # or a picture, or refused
     if join_processes().num_processes > 1:
@@ -526,7 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
         if text.strip():  # without arguments the help has been shown
             print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

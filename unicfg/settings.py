@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import yaml
@@ -131,6 +131,19 @@ def build(section: type[T], values: dict[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {shortened(error)}") from error
 
 
+def _choices(hint: Any) -> list[Any]:
+    """What a field may be that is a ``Literal``, or one or None; [] for others."""
+    parts = (hint, *get_args(hint))
+    choices = [own for part in parts if get_origin(part) is Literal for own in get_args(part)]
+    return [*choices, None] if choices and type(None) in get_args(hint) else choices
+
+
+def _length_of(hint: Any) -> int | None:
+    """How many values a tuple has; None where that is open."""
+    parts = get_args(hint)
+    return None if get_origin(hint) is not tuple or Ellipsis in parts else len(parts)
+
+
 def _typed(values: dict[str, Any], section: type[Any], within: str = "") -> dict[str, Any]:
     """The values with lists as tuples and whole numbers as floats where the section wants these.
 
@@ -140,9 +153,11 @@ def _typed(values: dict[str, Any], section: type[Any], within: str = "") -> dict
         within: sections that it is in, as "model: training: ", for errors.
 
     Raises:
-        ValueError: if a key is unknown, a list is no list, or a number no number.
+        ValueError: if a key is unknown, a list is no list or has another length, a number no number, or a value none of the
+            few that are allowed.
     """
     known = {f.name: f for f in dataclasses.fields(section)}
+    hints = get_type_hints(section)
     typed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -159,7 +174,12 @@ def _typed(values: dict[str, Any], section: type[Any], within: str = "") -> dict
                 raise ValueError(
                     f"{within}{key} is {value!r:.100}, expected no true or false in it"
                 )
+            length = _length_of(hints[key])
+            if length is not None and len(value) != length:
+                raise ValueError(f"{within}{key} is {value!r:.100}, expected {length} values")
             value = tuple(value)
+        elif (allowed := _choices(hints[key])) and value not in allowed:
+            raise ValueError(f"{within}{key} is {value!r:.100}, expected one of {allowed}")
         elif kind.startswith("int") and isinstance(value, bool):
             raise ValueError(f"{within}{key} is {value!r}, expected a whole number")
         elif kind.startswith("float") and value is not None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from unicfg.evaluation.features import checked_features
 from unicfg.evaluation.results import Estimate
-from unicfg.evaluation.uncertainty import mean_over_images, require
+from unicfg.evaluation.uncertainty import mean_over_images, require, share
 
 Embed = Callable[[Sequence[str]], Tensor]
 """N texts to embeddings (N, E), float64; a row depends on its text alone."""
@@ -268,7 +268,11 @@ def caption_measures(ranks: Tensor, k: int) -> dict[str, Estimate]:
         raise ValueError(
             f"ranks are from {float(ranks.min())} to {float(ranks.max())}, expected 1 to {k}"
         )
+    first = ranks <= FIRST
+    alike = bool(first.all()) or not bool(first.any())  # which has no spread, and is not certain
     return {
-        "caption_top5": mean_over_images("caption_top5", (ranks <= FIRST).double()),
+        "caption_top5": share("caption_top5", int(first.sum()), len(ranks))
+        if alike
+        else mean_over_images("caption_top5", first.double()),
         "caption_rank": mean_over_images("caption_rank", ranks),
     }

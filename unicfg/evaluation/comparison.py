@@ -13,7 +13,7 @@ from PIL import Image
 
 from models import TextToImage
 from models.folders import held_families
-from tokenizers_vq.files import write_text_atomically
+from tokenizers_vq.files import read_json, write_text_atomically
 from unicfg.evaluation.provenance import settings_of, versions
 from unicfg.evaluation.results import scale_text
 from unicfg.guidance import Guidance
@@ -62,11 +62,15 @@ class Comparison:
 
         Raises:
             OSError: if it cannot be written.
+            ValueError: if the folder holds drawn images of another kind.
         """
         out = Path(out)
         if out.suffix and not out.is_dir():
             return save_picture(self.picture(), out)
         files = {}
+        held = out / "settings.json"
+        if held.exists() and "prompt" not in read_json(held):
+            raise ValueError(f"{out} holds images of unicfg generate, expected another folder")
         for (family, scale), images in self.images.items():
             for seed, image in zip(self.seeds, images, strict=True):
                 file = f"images/{family}-s{scale_text(scale)}-seed{seed}.png"

@@ -24,7 +24,7 @@ from unicfg.evaluation.captions import (
 from unicfg.evaluation.diversity import open_entropy, readable, within_prompts
 from unicfg.evaluation.features import Features, extract, find_features
 from unicfg.evaluation.fidelity import fd, kid, neighbourhood
-from unicfg.evaluation.results import Estimate, TooFew
+from unicfg.evaluation.results import Estimate
 from unicfg.evaluation.tasks import Task
 from unicfg.evaluation.uncertainty import mean_over_images, share
 from unicfg.sampling import Trace
@@ -46,7 +46,7 @@ class Tally:
         """Keep what a measure gives under its name, or its own names, or the reason why it gives nothing."""
         try:
             found = measure()
-        except TooFew as error:
+        except ValueError as error:  # too few images, or images that it makes nothing of
             self.missing.update(dict.fromkeys(names, str(error)))
             return
         named = {names[0]: found} if isinstance(found, Estimate) else found
@@ -213,7 +213,7 @@ class Measuring:
             why = "it takes two batches of open prompts at least, drawn by one process alone"
             tally.missing |= dict.fromkeys(("seconds", "rate"), why)
             return
-        middle = float(seconds.median())
+        middle = float(seconds.mean())
         error = float(seconds.std() / len(seconds) ** 0.5)
         tally.measures["seconds"] = Estimate(middle, error, len(seconds))
         tally.measures["rate"] = Estimate(1 / middle, error / middle**2, len(seconds))

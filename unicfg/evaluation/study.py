@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from models import TextToImage, TokenTransformer
-from models.folders import held_families
+from models.folders import find_weights, held_families
 from models.pipeline import BranchLike
 from tokenizers_vq.files import FORMAT_VERSION, read_json, write_text_atomically
 from tokenizers_vq.images import to_images
@@ -187,10 +187,12 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         tokenizer.config.image_size,
         draws=study.draws,
         open_prompts=study.open_prompts,
+        validation=_held_out_share(study.weights),
     )
     grid, left_out = _grid(study, pipes, task.prompts[0])
     settings = _settings(study, task, pipes, left_out, state.num_processes)
     _fitting(out, settings)  # refused before features are computed
+    state.wait_for_everyone()  # all have looked before the first one writes
     work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
     if state.is_main_process:
         settings |= {"command": command, "sources": work.sources(grid), "branches": _others(grid)}
@@ -213,6 +215,14 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
             work.finish(job, timed=state.num_processes == 1)
     state.wait_for_everyone()
     return Results.load(out)
+
+
+def _held_out_share(weights: str) -> float:
+    """The share of a folder's images that the training of these weights has held out, as far as they say it."""
+    recipe = find_weights(weights, ()) / "recipe.json"  # of a run; weights that ship have none
+    if not recipe.is_file():
+        return tasks.HELD_OUT
+    return float(read_json(recipe)["data"]["validation"])
 
 
 class _Job(NamedTuple):
@@ -570,7 +580,8 @@ def _fitting(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     file = out / "study.json"
     if file.is_file():
         return _merged(read_settings(file), settings, out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # hidden files are what a process that was killed has left
+    if out.exists() and (not out.is_dir() or any(own.name[0] != "." for own in out.iterdir())):
         raise ValueError(f"{out} is there and holds no study: expected a new or an empty folder")
     return settings
 

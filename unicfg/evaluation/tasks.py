@@ -55,7 +55,13 @@ class Task:
 
 
 def read_task(
-    data: str, n: int, size: int, *, draws: int = 0, open_prompts: Sequence[str] = ()
+    data: str,
+    n: int,
+    size: int,
+    *,
+    draws: int = 0,
+    open_prompts: Sequence[str] = (),
+    validation: float = HELD_OUT,
 ) -> Task:
     """The task of a study.
 
@@ -67,6 +73,8 @@ def read_task(
         size: pixels a side of the real images.
         draws: images of each open prompt.
         open_prompts: to be drawn many times; none takes those that suit the data.
+        validation: share of a folder that does not name its splits; the one of the training, or images that were trained on
+            are asked for.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
@@ -75,7 +83,7 @@ def read_task(
     if data == SHAPES:
         return _shapes(n, size, draws, open_prompts)
     if Path(data).is_dir():
-        return _folder(Path(data), n, size, open_prompts)
+        return _folder(Path(data), n, size, open_prompts, validation)
     if Path(data).is_file():
         prompts = read_prompts(Path(data))
         return Task(_spread(prompts, n), tuple(open_prompts) or _few(prompts), {})
@@ -122,8 +130,10 @@ def _scenes_of(prompts: Sequence[str], size: int, draws: int) -> Tensor | None:
     return None
 
 
-def _folder(folder: Path, n: int, size: int, open_prompts: Sequence[str]) -> Task:
-    seen, held_out = read_folder(folder, size).split(HELD_OUT)
+def _folder(
+    folder: Path, n: int, size: int, open_prompts: Sequence[str], validation: float
+) -> Task:
+    seen, held_out = read_folder(folder, size).split(validation)
     if len(held_out) == 0 or len(seen) == 0:
         raise ValueError(
             f"{folder} has {len(seen)} images to learn from and {len(held_out)} held out, expected some of both"

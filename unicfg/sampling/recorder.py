@@ -148,6 +148,8 @@ class Recorder:
 
     def head(self, step: DenoisingStep) -> None:
         """Keep a step of a hybrid's head, until the step of its token comes: the sampler's ``head_callback``."""
+        if step.index == 0:  # what is held may be of a token that was not finished
+            self._head = []
         self._head.append(step)
 
     def trace(self) -> Trace:

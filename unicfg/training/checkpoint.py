@@ -122,6 +122,9 @@ class Checkpoints:
         for leftover in self.folder.glob(".step-*.tmp"):
             leftover.unlink()  # of a process that was killed while it wrote
         file = self.folder / f"step-{step:08d}{SUFFIX}"
+        for later in self.files():
+            if later.name > file.name:  # it could not be read, or training would not be here
+                later.unlink()
         write_atomically(tensors, file, {"step": str(step), "settings": json.dumps(settings)})
         for old in self.files()[: -self.keep]:
             old.unlink()
@@ -132,7 +135,8 @@ class Checkpoints:
 
         A file that cannot be read is passed over with a message, for the one before it.
         """
-        for file in reversed(self.files()):
+        files = self.files()
+        for file in reversed(files):
             try:
                 tensors, metadata = read_tensors(file)
                 step, settings = int(metadata["step"]), json.loads(metadata["settings"])
@@ -140,5 +144,6 @@ class Checkpoints:
                     raise ValueError(f"step is {step} and settings {settings!r:.100}")
                 return step, tensors, settings
             except (OSError, KeyError, ValueError, RecursionError) as error:
-                print(f"{file} is no whole checkpoint ({error}); trying the one before")
+                rest = "starting at step 0" if file == files[0] else "trying the one before"
+                print(f"{file} is no whole checkpoint ({error}); {rest}")
         return None

@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -39,16 +40,18 @@ class ImageSet:
         captions: one text an image.
         attributes: all else that is known of each image, {} where nothing is.
         skipped: (file, reason) of whatever was found and could not be used.
+        names: of the images' files, [] where they have none; an image that is there with several captions has one name.
 
     Raises:
         TypeError: if the images are not uint8.
-        ValueError: if the images are not (N, 3, H, W), or captions or attributes are not N.
+        ValueError: if the images are not (N, 3, H, W), or captions, attributes or names are not N.
     """
 
     images: Tensor
     captions: list[str]
     attributes: list[dict[str, Any]]
     skipped: tuple[tuple[str, str], ...] = ()
+    names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check dtype, shape and lengths."""
@@ -59,6 +62,10 @@ class ImageSet:
         for name, values in (("captions", self.captions), ("attributes", self.attributes)):
             if len(values) != len(self.images):
                 raise ValueError(f"{name} has {len(values)} entries, expected {len(self.images)}")
+        if len(self.names) not in (0, len(self.images)):
+            raise ValueError(
+                f"names has {len(self.names)} entries, expected {len(self.images)} or none"
+            )
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -78,14 +85,16 @@ class ImageSet:
             self.images[chosen],
             [self.captions[i] for i in indices],
             [self.attributes[i] for i in indices],
+            names=[self.names[i] for i in indices] if self.names else [],
         )
 
     def split(self, fraction: float) -> tuple[ImageSet, ImageSet]:
         """Training and validation images.
 
-        Where any image has an attribute "split", that decides: values that start with "val" are validation,
-        all else is training. Otherwise a hash of position and caption decides, so images that are appended
-        later leave each earlier one on its side.
+        Where any image has an attribute "split", that decides: values that begin with val, valid, validation or dev are
+        validation, those that begin with test or eval are in neither, all else is training. Otherwise a hash of the file's
+        name decides, or where there is none of position and caption: images that are added later leave each earlier one
+        on its side, and a picture with several captions is on one.
 
         Args:
             fraction: share of validation images in [0, 1); unused where the data names its split.
@@ -96,13 +105,15 @@ class ImageSet:
         if not 0 <= fraction < 1:
             raise ValueError(f"fraction is {fraction}, expected a share in [0, 1)")
         if any("split" in attributes for attributes in self.attributes):
-            held_out = [is_validation(a.get("split")) for a in self.attributes]
+            sides = [side_of(a.get("split")) for a in self.attributes]
         else:
-            held_out = [is_held_out(i, c, fraction) for i, c in enumerate(self.captions)]
-        return (
-            self.select([i for i, val in enumerate(held_out) if not val]),
-            self.select([i for i, val in enumerate(held_out) if val]),
+            keys = self.names or [f"{i} {c}" for i, c in enumerate(self.captions)]
+            sides = [TRAIN if not is_held_out(key, fraction) else VALIDATION for key in keys]
+        train, validation = (
+            self.select([i for i, own in enumerate(sides) if own == side])
+            for side in (TRAIN, VALIDATION)
         )
+        return train, validation
 
 
 def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageSet:
@@ -163,6 +174,7 @@ def read_folder(path: Path | str, size: int, *, progress: bool = True) -> ImageS
         [entry.caption for entry in read],
         [entry.attributes for entry in read],
         tuple(skipped),
+        [entry.file for entry in read],
     )
 
 
@@ -428,14 +440,36 @@ def _strip_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def is_validation(split: object) -> bool:
-    """Whether an image whose data names its split belongs to the validation images."""
-    return str(split or "").startswith("val")
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("val", "valid", "validation", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+"""Words that name a split, as the library datasets has them."""
 
 
-def is_held_out(position: int, caption: str, fraction: float) -> bool:
-    """Whether an image of data that names no split is one of the ``fraction`` of validation images."""
-    digest = hashlib.sha1(f"{position} {caption}".encode()).digest()
+def split_in(name: str) -> str | None:
+    """The split that a name speaks of by a word of its own, as in "shapes-val_01", if any."""
+    words = re.split(r"[^a-z]+", name.lower())
+    found = (split for word in words for split, names in SPLITS.items() if word in names)
+    return next(found, None)
+
+
+def side_of(split: object) -> str:
+    """Where an image belongs whose data names its split: "validation", "test" or, for all other names, "train"."""
+    first = re.split(r"[^a-z]+", str(split or "").lower())[0]
+    return split_in(first) or TRAIN
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether an image of data that names no split is one of the ``fraction`` of validation images.
+
+    Args:
+        key: that tells the image apart: its file's name, or position and caption.
+        fraction: in [0, 1).
+    """
+    digest = hashlib.sha1(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 

@@ -124,6 +124,20 @@ def learning_rate(step: int, settings: Optimization) -> float:
     )
 
 
+def check_batches(settings: Optimization) -> None:
+    """Refuse batches that cannot be split among processes and passes, before anything is read.
+
+    Raises:
+        ValueError: names the sizes.
+    """
+    processes = join_processes().num_processes
+    if settings.batch_size % (processes * settings.accumulate):
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, expected a multiple of {processes * settings.accumulate}: "
+            f"{processes} processes with accumulate {settings.accumulate}"
+        )
+
+
 def fit(
     module: nn.Module,
     data: Dataset[Any],
@@ -189,6 +203,8 @@ def fit(
             f"samples: {state.num_processes} processes with accumulate {settings.accumulate}"
         )
     batch_size = min(settings.batch_size, count // parts * parts)
+    if batch_size < settings.batch_size and state.is_main_process:
+        tqdm.write(f"{folder.name}: batch_size is {batch_size}, for there are {count} samples")
     batches = EpochBatches(count, batch_size, settings.steps, settings.seed)
     shard = shard and state.num_processes > 1
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import tarfile
 import warnings
 import zlib
@@ -29,11 +28,15 @@ from tqdm.auto import tqdm
 from tokenizers_vq.files import read_json, write_text_atomically
 from unicfg.processes import join_processes
 from unicfg.training.data import (
+    TEST,
+    TRAIN,
     UNREADABLE,
+    VALIDATION,
     find_entries,
     is_held_out,
-    is_validation,
     read_image,
+    side_of,
+    split_in,
     summary_of,
 )
 from unicfg.training.recipe import DataRecipe
@@ -46,7 +49,7 @@ ROUND, ROUND_BYTES = (
 )  # pixels in memory at once: of so many images, or fewer where they are large
 LONGEST_CAPTION = 10_000  # characters
 CAPTIONS_BYTES = 1 << 28  # of a round's file: more than captions of that length can take
-PARTS = ("train", "validation")
+PARTS = (TRAIN, VALIDATION)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Entry:
         name: to be told where it cannot be used.
         content: what its source makes pixels and caption of.
         split: as the data names it, or None.
+        key: that tells the image apart from others, see ``data.is_held_out``; None where only its position does.
     """
 
     name: str
     content: Any
     split: str | None = None
+    key: str | None = None
 
 
 class Source(Protocol):
@@ -137,9 +142,10 @@ class _Folder:
         self.made_from = _hash(["folder", str(self.size), *described])
 
     def entries(self) -> Iterator[Entry]:
+        named = any("split" in own.attributes for own in self.found)
         for own in self.found:
-            split = own.attributes.get("split")
-            yield Entry(own.file, own, None if split is None else str(split))
+            split = str(own.attributes.get("split") or TRAIN) if named else None
+            yield Entry(own.file, own, split, own.file)
 
     def read(self, entry: Entry) -> tuple[Tensor, str]:
         pixels = read_image(self.folder / entry.content.file, self.size)
@@ -172,7 +178,7 @@ class _Datasets:
         with self._naming_the_path():
             found = datasets.load_dataset(recipe.format or recipe.path, streaming=True, **options)
         for name, own in found.items():
-            if _split_of(str(name)) == "test":  # neither trained on nor looked at
+            if side_of(name) == TEST:  # neither trained on nor looked at
                 continue
             columns = own.column_names
             if columns is None:  # not known before a row is read
@@ -332,10 +338,12 @@ def _write_round(
             continue
         image, caption = found
         if entry.split is None:
-            held_out = is_held_out(i, caption, validation)
+            key = f"{i} {caption}" if entry.key is None else entry.key
+            part = VALIDATION if is_held_out(key, validation) else TRAIN
         else:
-            held_out = is_validation(entry.split)
-        part = PARTS[held_out]
+            part = side_of(entry.split)
+            if part == TEST:  # neither trained on nor looked at
+                continue
         pixels[part].append(image)
         captions[part].append(caption)
     text = json.dumps(captions, ensure_ascii=False)
@@ -381,25 +389,9 @@ def _by_split(files: list[Path]) -> dict[str, list[str]]:
     """Files by the split that their names say, as in ``val-00000.parquet``; all are one where no name says any."""
     named: dict[str, list[str]] = {}
     for file in files:
-        split = next(filter(None, map(_split_of, re.split(r"[^a-z]+", file.name.lower()))), "train")
+        split = split_in(file.name) or TRAIN
         named.setdefault(split, []).append(str(file))
-    return named if len(named) > 1 else {"train": [str(file) for file in files]}
-
-
-def _split_of(word: str) -> str | None:
-    """Which split a word names, if any."""
-    for split, names in SPLITS.items():
-        if word in names:
-            return split
-    return None
-
-
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""Words that name a split, as the library datasets has them."""
+    return named if len(named) > 1 else {TRAIN: [str(file) for file in files]}
 
 
 def _text_of(file: Path) -> str:

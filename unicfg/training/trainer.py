@@ -35,6 +35,7 @@ from tokenizers_vq.hub import WEIGHTS, save_part
 from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 from unicfg.processes import join_processes
+from unicfg.training.checkpoint import Checkpoints
 from unicfg.training.dropout import WHOLE, ConditionDropout, Part
 from unicfg.training.encode import encode_images, hash_of
 from unicfg.training.families import (
@@ -45,7 +46,7 @@ from unicfg.training.families import (
     training_data,
     training_loss,
 )
-from unicfg.training.optimize import fit
+from unicfg.training.optimize import check_batches, fit
 from unicfg.training.recipe import (
     LOGGING_SETTINGS,
     Recipe,
@@ -67,6 +68,7 @@ SAMPLE_PROMPTS = 8  # captions drawn in the sample grids where the recipe names 
 # may differ when a run is resumed; the data may have moved, its images are in the run
 FREE_SETTINGS = LOGGING_SETTINGS | {"out", "prompts", "data/path", "data/workers"}
 PRETRAINED = "tokenizer/pretrained"  # may differ, too, as long as it is the same tokenizer
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # as write_atomically names what is not whole yet
 LOST = re.compile("gloo|Connection (closed|reset)|Broken pipe")  # what is said of an ended process
 STAGES = ("images", "tokenizer", "codes", "model")
 
@@ -93,6 +95,8 @@ def train(
     """
     if until not in STAGES:
         raise ValueError(f"until is {until!r}, expected one of {', '.join(STAGES)}")
+    if not recipe.out.strip():
+        raise ValueError("out is empty, expected a folder for the run")
     try:
         return _train(recipe, resume, until, fsdp)
     except RuntimeError as error:
@@ -116,6 +120,11 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
         else given.config
     )
     _check_model(recipe, tokenizer_config)
+    check_batches(recipe.model.training)
+    if given is None:
+        check_batches(recipe.tokenizer.training)
+        if recipe.tokenizer.training.optimizer == "muon":
+            raise ValueError("tokenizer: optimizer is 'muon', expected 'adamw': it has no blocks")
     made_from, source = images_made_from(images), None
     try:
         source = open_source(recipe.data)
@@ -128,7 +137,8 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     _claim_folder(recipe, made_from, given, out, resume)
     if processes.is_main_process:
         for leftover in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
-            leftover.unlink()
+            if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
+                leftover.unlink()
     processes.wait_for_everyone()
 
     if source is not None:
@@ -139,7 +149,7 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
     if not count["train"] or not count["validation"]:
         raise ValueError(
             f"{count['train']} training and {count['validation']} validation images, "
-            "expected at least one of each: add images or change data.validation"
+            "expected at least one of each: with other images or another data.validation, in another folder"
         )
     if until == "images":
         return None
@@ -219,7 +229,7 @@ def _claim_folder(
         what = f"a run of the family {family}" if models else "a run that has no model yet"
         raise ValueError(f"{out} already holds {what}: resume it, or choose another folder")
     before, now = _flat(held), _flat(settings)
-    if family in models:
+    if family in models and _has_begun(out, family):  # else nothing is lost by other settings
         before |= _flat({"model": models[family]})
         now |= _flat({"model": model})
     if given is not None and before.get(PRETRAINED):
@@ -239,6 +249,12 @@ def _claim_folder(
     join_processes().wait_for_everyone()  # all of them have read the file
     if join_processes().is_main_process:
         write_text_atomically(json.dumps(settings, indent=2) + "\n", file)
+
+
+def _has_begun(out: Path, family: str) -> bool:
+    """Whether there is anything of a model that its settings could contradict."""
+    checkpoints = Checkpoints(out / "logs" / family / "checkpoints")
+    return bool(checkpoints.files()) or (out / family / WEIGHTS).exists()
 
 
 def _claim_model(recipe: Recipe, out: Path) -> None:

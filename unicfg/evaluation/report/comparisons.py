@@ -44,7 +44,7 @@ def summary(results: Results) -> Html:
     head = ["family", "best s", f"{heading(adherence)}, at s = 1", "at best s"]
     head += ["strength there, nats an image"]
     head += [f"{heading(diversity)}, at s = 1", "at best s", "kept"] if diversity else []
-    head += [f"{heading(burn)}, at best s", "real images"] if burn else []
+    head += [f"{heading(burn)}, at best s", "aim"] if burn else []
     rows = []
     for family in drawn_families(results):
         near = best(curve(results, family), adherence)
@@ -61,7 +61,7 @@ def summary(results: Results) -> Html:
     about = (
         f"Best by {MEASURES[adherence].label}, {variant} guidance; in brackets the scales that are within one "
         "standard error of the best. Kept: diversity at the best s as a share of that at s = 1. Strength: KL from "
-        "the guided to the ordinary conditional model, along the way that guided sampling takes. Real images: "
+        "the guided to the ordinary conditional model, along the way that guided sampling takes. The aim is that of "
         f"{AIM_WORDS}.{among_captions(results, [adherence])}"
     )
     return join([table(head, rows), _apart(results, adherence), paragraph(about, "note")])

@@ -34,11 +34,14 @@ def digest(results: Results) -> str:
     """
     names = [name for group in GROUPS if (name := lead(results, group))]
     n, command = results.settings.get("n"), results.settings.get("command")
+    draws = results.settings.get("study", {}).get("draws")
+    prompts = results.settings.get("open_prompts", [])
+    opened = f", diversity by {draws} images of each of {len(prompts)} prompts" if draws else ""
     made = f" Made by `{command}`." if command else ""
     lines = [
         f"# Digest of {results.folder.name}",
         "",
-        f"Estimates +- standard errors, {n} images per cell.{made}",
+        f"Estimates +- standard errors, {n} images per cell{opened}.{made}",
         "",
         *_table(["family", "s", *map(heading, names)], _over_scales(results, names)),
     ]

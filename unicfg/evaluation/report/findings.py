@@ -201,7 +201,7 @@ def helps(results: Results, s: float) -> list[Help]:
                     family,
                     variant,
                     _won_back(cell, high, diversity, number(one, diversity) if diversity else None),
-                    _won_back(cell, high, burn, aim(results, burn) if burn else None),
+                    _nearer(cell, high, burn, aim(results, burn) if burn else None),
                     _gain(cell, high, adherence),
                 )
             )
@@ -211,7 +211,22 @@ def helps(results: Results, s: float) -> list[Help]:
 def _won_back(
     cell: CellResult, plain: CellResult, name: str | None, good: Estimate | None
 ) -> float:
-    """NaN also where the loss is within two combined standard errors: a share of noise says nothing."""
+    """Of what more is better: more than all may be won back.
+
+    NaN also where the loss is within two combined standard errors: a share of noise says nothing.
+    """
+    if name is None or good is None:
+        return math.nan
+    own, bad = number(cell, name), number(plain, name)
+    if own is None or bad is None:
+        return math.nan
+    if good.value - bad.value <= 2 * math.hypot(bad.error, good.error):
+        return math.nan
+    return (own.value - bad.value) / (good.value - bad.value)
+
+
+def _nearer(cell: CellResult, plain: CellResult, name: str | None, good: Estimate | None) -> float:
+    """Of what may be missed on either side; NaN as above."""
     if name is None or good is None:
         return math.nan
     own, bad = number(cell, name), number(plain, name)

@@ -53,7 +53,7 @@ def against_plain(results: Results) -> list[Html | Drawing]:
         matrices += [] if matrix is None else [matrix, _half_of_both(results, s)]
     marks = (
         "▲ better and ▼ worse than plain guidance at the same s by more than two combined standard errors; △ and ▽ the "
-        "same against s = 1. Better for burn is nearer to real images. Cells share prompts and seeds, which the errors do "
+        "same against s = 1. Better for burn is nearer to its aim. Cells share prompts and seeds, which the errors do "
         "not use: they are on the safe side."
     )
     return [
