@@ -321,6 +321,14 @@ def test_what_is_not_there_is_told_before_anything_is_written(weights, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_share_that_is_held_out_is_that_of_the_training(weights, tmp_path):
+    assert studies._held_out_share("emoji") == tasks.HELD_OUT == 0.1
+    run_folder = tmp_path / "run"
+    shutil.copytree(weights, run_folder)
+    (run_folder / "recipe.json").write_text(json.dumps({"data": {"validation": 0.03}}))
+    assert studies._held_out_share(str(run_folder)) == 0.03
+
+
 def test_a_variant_that_fits_no_family_is_refused_and_one_left_out_is_told(weights, tmp_path):
     trust = Variant("trust", mitigations="kl_trust_region(0.5)")
     with pytest.raises(ValueError, match=r"the variant 'trust' fits no family: .*logits"):

@@ -40,7 +40,7 @@ from tokenizers_vq.images import to_images
 from unicfg.evaluation.provenance import settings_of, versions
 from unicfg.evaluation.results import finite_number, scale_text
 from unicfg.guidance import Guidance
-from unicfg.processes import join_processes
+from unicfg.processes import all_alive, join_processes, wait_for_all
 
 BATCH = 64  # images drawn at once
 MOST_SETTINGS_BYTES = 1 << 28  # millions of prompts
@@ -269,35 +269,19 @@ def _sweep(out: Path) -> None:
 
 def _of_the_first(state: PartialState, work: Callable[[], T]) -> T:
     """What ``work`` gives in the first process when all have come so far, in all of them; they share its error too."""
-    with _all_alive():
-        state.wait_for_everyone()
+    wait_for_all(state)
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
             outcome = [work()]
         except (OSError, ValueError) as error:
             outcome = [error]
-    with _all_alive():
+    with all_alive():
         (result,) = broadcast_object_list(outcome)
     if isinstance(result, Exception):
         raise result
     found: T = result
     return found
-
-
-@contextmanager
-def _all_alive() -> Iterator[None]:
-    """Say what it means that processes cannot wait for each other.
-
-    Raises:
-        ConnectionError: if so.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(
-            f"another process of the run has ended: the same run again goes on from what is finished ({error})"
-        ) from error
 
 
 def _write_metadata(out: Path, family: str, asked: _Grid) -> int:

@@ -55,7 +55,7 @@ from unicfg.evaluation.variants import SHARPENING, Variant
 from unicfg.generation import BATCH
 from unicfg.guidance import Guidance
 from unicfg.pictures import save_picture
-from unicfg.processes import join_processes
+from unicfg.processes import join_processes, wait_for_all
 from unicfg.sampling import Recorder, Step, TokenStep, UnmaskingStep, recorder
 from unicfg.settings import build, read_mapping
 
@@ -170,7 +170,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
     Raises:
         FileNotFoundError: if there are no such weights or data.
         ValueError: if the weights do not hold a family, ``out`` holds another study, or a sampler refuses an option.
-        OSError: if something cannot be written; what is finished stays.
+        OSError: if something cannot be written, or another process is lost; what is finished stays.
         ImportError: if a measure needs what is not installed; names the extra.
     """
     state = join_processes()
@@ -192,7 +192,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
     grid, left_out = _grid(study, pipes, task.prompts[0])
     settings = _settings(study, task, pipes, left_out, state.num_processes)
     _fitting(out, settings)  # refused before features are computed
-    state.wait_for_everyone()  # all have looked before the first one writes
+    wait_for_all(state)  # all have looked before the first one writes
     work = _Work(study, task, pipes, Measuring(task, study.features, tokenizer), out)
     if state.is_main_process:
         settings |= {"command": command, "sources": work.sources(grid), "branches": _others(grid)}
@@ -200,10 +200,10 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
             json.dumps(_fitting(out, settings), indent=1) + "\n", out / "study.json"
         )
         work.refer()
-    state.wait_for_everyone()
+    wait_for_all(state)
     # what is finished is not shared out, or a process might have nothing to do
     todo = [own for own in grid if not work.is_finished(own)]
-    state.wait_for_everyone()
+    wait_for_all(state)
     with tqdm(
         todo[state.process_index :: state.num_processes],
         desc="cells",
@@ -213,7 +213,7 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
         for job in bar:
             bar.set_postfix_str(str(job.cell))
             work.finish(job, timed=state.num_processes == 1)
-    state.wait_for_everyone()
+    wait_for_all(state)
     return Results.load(out)
 
 
