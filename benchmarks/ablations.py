@@ -187,12 +187,16 @@ def page(results: dict[str, Any]) -> str:
     rows = rows_by_family(results)
     machines = sorted({cell["machine"] for own in rows.values() for cell in own.values()})
     base = load_recipe(RECIPE)
-    command = f"python benchmarks/ablations.py --families {' '.join(rows)} -n {settings['n']}"
-    command += f" --steps {settings['steps']}"
+    commands = []
+    for family, own in rows.items():
+        command = f"python benchmarks/ablations.py --families {family} -n {settings['n']} --steps {settings['steps']}"
+        if own.keys() != VARIANTS.keys():
+            command += f" --only {' '.join(own)}"
+        commands.append(f"`{command}`")
     lines = [
         "# Ablations of condition dropout",
         "",
-        f"{'; '.join(machines)}. `{command}`.",
+        f"{'; '.join(machines)}. {', '.join(commands)}.",
         "",
         f"Each variant is a training of its own, {settings['steps']} steps of {base.model.training.batch_size} samples, and "
         "differs from `base` in what its name says;",
@@ -260,13 +264,20 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(5.5 * len(families), 3.6), layout="constrained")
     panels = figure.subplots(1, len(families), squeeze=False)[0]
     for axes, (family, rows) in zip(panels, families.items(), strict=True):
-        for rate, name in sorted(rates.items()):
+        for place, (rate, name) in enumerate(sorted(rates.items())):
             if name not in rows:
                 continue
             row = [rows[name]["accuracy"][f"{scale:g}"] for scale in SCALES]
             means, errors = ([100 * c[key] for c in row] for key in ("mean", "standard_error"))
             axes.errorbar(
-                places, means, errors, marker="o", markersize=4, capsize=3, label=f"{rate:g}"
+                places,
+                means,
+                errors,
+                color=f"C{place}",  # the same in every panel
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=f"{rate:g}",
             )
         axes.set_xticks(places, [f"{scale:g}" for scale in SCALES])
         axes.set(title=family, xlabel="scale s", ylabel="attributes right, %")
