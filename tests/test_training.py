@@ -279,7 +279,7 @@ def test_stages_end_where_asked_and_are_taken_up(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             main(["train", file, "--resume", "--until", until])
-        assert f"{until} are in {out}" in capsys.readouterr().out
+        assert f"stopped after the stage {until}; {out} has it" in capsys.readouterr().out
         assert (out / made).exists() and not (out / missing).exists()
     assert train(load_recipe(file), resume=True) is not None
     with pytest.raises(ValueError, match="until is 'end', expected one of images, tokenizer"):
