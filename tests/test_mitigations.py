@@ -506,6 +506,21 @@ def test_one_branch_by_its_weights_is_the_same_beside_others():
     assert float(out[0].abs().max()) <= 0.1
 
 
+@pytest.mark.parametrize(
+    "combination",
+    [
+        branches.cfg_pp(torch.tensor([0.6, 1.0])),
+        branches.perp_neg(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])),
+    ],
+)
+def test_a_sample_that_needs_several_branches_is_mitigated_beside_others(combination):
+    c, u = fields(shape=(2, 2, 4, 4))
+    outputs = {"cond": c, "uncond": u, "negative": c - u}
+    guidance = Guidance(combination, (m.static_threshold(0.1),))
+    out = guidance.combine_branches(0.5, outputs, Level(c, 0.6, 0.8, "x0"))
+    assert float(out[0].abs().max()) <= 0.1 and float(out[1].abs().max()) <= 0.1
+
+
 def test_a_token_that_only_the_unconditional_model_masks_is_judged_like_others():
     c, u = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 0.0, -math.inf]])
     for mitigation in (m.top_k_of_cond(1), m.plausibility(0.9)):

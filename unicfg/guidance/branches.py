@@ -98,6 +98,14 @@ class Weights:
         at = self.at(progress).items()
         return tuple(name for name, weight in at if bool((torch.as_tensor(weight) != 0).any()))
 
+    def alone_at(self, progress: float) -> Tensor | None:
+        """The samples in which one weight only is other than 0, bool (B,) or (1,); None where all samples are alike."""
+        weights = self.strengths_at(progress)
+        if not any(isinstance(weight, Tensor) and weight.ndim for weight in weights):
+            return None
+        used = [torch.as_tensor(weight != 0).long().cpu() for weight in weights]
+        return torch.stack(torch.broadcast_tensors(*used)).sum(0) == 1
+
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the outputs (B, ...)."""
         needed = self.branches_at(progress)
@@ -256,6 +264,9 @@ class CfgPlusPlus:
         """Both."""
         return ("cond", "uncond")
 
+    def alone_at(self, progress: float) -> None:
+        """None: every sample needs both."""
+
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The formula."""
         s = self.scale_at(progress)
@@ -311,6 +322,13 @@ class PerpNeg:
         if bool((away != 0).any()):
             return ("cond", "uncond", "negative")  # the direction of the prompt is needed for any s
         return negative(_at(self.s, progress), 0.0).branches_at(0.0)
+
+    def alone_at(self, progress: float) -> Tensor | None:
+        """The samples that stay away from nothing and have the scale 0 or 1; None where all samples are alike."""
+        plain = negative(_at(self.s, progress), _at(self.away, progress)).alone_at(0.0)
+        if plain is None:
+            return None
+        return plain & torch.as_tensor(_at(self.away, progress) == 0).cpu()
 
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """Guide by the part of the negative direction that does not touch the prompt's."""

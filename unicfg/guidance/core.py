@@ -47,6 +47,9 @@ class Combination(Protocol):
     def branches_at(self, progress: float) -> tuple[str, ...]:
         """The branches whose outputs the step at ``progress`` needs, in row order."""
 
+    def alone_at(self, progress: float) -> Tensor | None:
+        """The samples that need one of these branches only, bool (B,) or (1,); None where all samples are alike."""
+
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The guided output (B, ...) of these branches."""
 
@@ -481,15 +484,11 @@ class Guidance:
         return torch.ones((), dtype=torch.bool) if alone is None else ~alone
 
     def _alone_at(self, progress: float) -> Tensor | None:
-        """The samples that need one branch only, bool (B,) or (1,); None where all have one scale."""
-        if self._combination is None:
-            s = self.scale_at(progress)
-            return (s == 1) | (s == 0) if isinstance(s, Tensor) and s.ndim else None
-        weights = self.strengths_at(progress)
-        if not any(isinstance(weight, Tensor) and weight.ndim for weight in weights):
-            return None
-        used = [torch.as_tensor(weight != 0).long().cpu() for weight in weights]
-        return torch.stack(torch.broadcast_tensors(*used)).sum(0) == 1
+        """The samples that need one branch only, bool (B,) or (1,); None where all samples are alike."""
+        if self._combination is not None:
+            return self._combination.alone_at(progress)
+        s = self.scale_at(progress)
+        return (s == 1) | (s == 0) if isinstance(s, Tensor) and s.ndim else None
 
     def _mixed(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
         """The formula alone."""
