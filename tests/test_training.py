@@ -834,7 +834,12 @@ def test_other_data_is_not_resumed_and_a_finished_run_may_be(tmp_path, monkeypat
             {"training": {"batch_size": 8, "accumulate": 3}},
             "batch_size is 8, expected a mu",
         ),
-        ("tokenizer", {"training": {"optimizer": "muon"}}, "tokenizer: optimizer is 'muon', exp"),
+        (
+            "tokenizer",
+            {"training": {"batch_size": 8, "accumulate": 3}},
+            "batch_size is 8, expected",
+        ),
+        ("tokenizer", {"training": {"optimizer": "muon"}}, "optimizer is 'muon', expected 'adamw'"),
     ],
 )
 def test_settings_are_refused_before_anything_is_written(tmp_path, section, change, message):

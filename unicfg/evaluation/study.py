@@ -220,9 +220,8 @@ def run(study: Study, out: Path | str, *, command: str = "", progress: bool = Tr
 def _held_out_share(weights: str) -> float:
     """The share of a folder's images that the training of these weights has held out, as far as they say it."""
     recipe = find_weights(weights, ()) / "recipe.json"  # of a run; weights that ship have none
-    if not recipe.is_file():
-        return tasks.HELD_OUT
-    return float(read_json(recipe)["data"]["validation"])
+    held = read_json(recipe) if recipe.is_file() else {}
+    return float(held.get("data", {}).get("validation", tasks.HELD_OUT))
 
 
 class _Job(NamedTuple):

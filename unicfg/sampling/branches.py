@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unicfg.guidance.core import Guidance, Scale, to_dtype
 from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
-from unicfg.sampling.tokens import is_count
+from unicfg.sampling.randomness import is_count
 from unicfg.training.dropout import ConditionDropout, expand_null
 
 

@@ -40,6 +40,13 @@ def _check_seed(seed: object) -> int:
     return number
 
 
+def is_count(value: object) -> bool:
+    """Whether it is an int of at least 1, numpy's included, and no bool."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return False
+    return operator.index(value) >= 1
+
+
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator a sample, on the CPU: what they give is the same on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

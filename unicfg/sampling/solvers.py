@@ -38,8 +38,7 @@ from unicfg.sampling.branches import (
     unsound_output,
 )
 from unicfg.sampling.paths import Path, shift_time
-from unicfg.sampling.randomness import normal
-from unicfg.sampling.tokens import is_count
+from unicfg.sampling.randomness import is_count, normal
 
 Solver = Literal["ddim", "heun", "dpmpp_2m", "cfg_pp"]
 Spacing = Literal["uniform", "karras"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from unicfg.sampling.randomness import is_count
 
 # a smaller or larger one would be 0 or infinite in float32, or its inverse would, and 0 / 0 is no probability
 _COLDEST, _HOTTEST = 1e-37, 1e37
@@ -15,13 +16,6 @@ _COLDEST, _HOTTEST = 1e-37, 1e37
 ALL_MASKED = (
     "expected one with a guided logit above -inf, and the model or a mitigation masks every one"
 )
-
-
-def is_count(value: object) -> bool:
-    """Whether it is an int of at least 1, numpy's included, and no bool."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        return False
-    return operator.index(value) >= 1
 
 
 @dataclass(frozen=True)

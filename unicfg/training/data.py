@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, repeat
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -107,8 +108,9 @@ class ImageSet:
         if any("split" in attributes for attributes in self.attributes):
             sides = [side_of(a.get("split")) for a in self.attributes]
         else:
-            keys = self.names or [f"{i} {c}" for i, c in enumerate(self.captions)]
-            sides = [TRAIN if not is_held_out(key, fraction) else VALIDATION for key in keys]
+            names: Sequence[str | None] = self.names or [None] * len(self)
+            held_out = map(is_held_out, names, count(), self.captions, repeat(fraction))
+            sides = [VALIDATION if own else TRAIN for own in held_out]
         train, validation = (
             self.select([i for i, own in enumerate(sides) if own == side])
             for side in (TRAIN, VALIDATION)
@@ -462,13 +464,12 @@ def side_of(split: object) -> str:
     return split_in(first) or TRAIN
 
 
-def is_held_out(key: str, fraction: float) -> bool:
+def is_held_out(name: str | None, position: int, caption: str, fraction: float) -> bool:
     """Whether an image of data that names no split is one of the ``fraction`` of validation images.
 
-    Args:
-        key: that tells the image apart: its file's name, or position and caption.
-        fraction: in [0, 1).
+    Its file's name decides, so that all its captions are on one side; position and caption where it has none.
     """
+    key = f"{position} {caption}" if name is None else name
     digest = hashlib.sha1(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 

@@ -197,10 +197,11 @@ def fit(
         accelerator.device.type, torch.bfloat16, enabled=_uses_bfloat16(settings)
     )
     count, parts = len(data), state.num_processes * settings.accumulate  # type: ignore[arg-type]
-    if settings.batch_size % parts or count < parts:
+    check_batches(settings)
+    if count < parts:
         raise ValueError(
-            f"batch_size is {settings.batch_size}, with {count} samples, expected a multiple of {parts}, and as many "
-            f"samples: {state.num_processes} processes with accumulate {settings.accumulate}"
+            f"there are {count} samples, expected at least {parts}: {state.num_processes} processes with accumulate "
+            f"{settings.accumulate}"
         )
     batch_size = min(settings.batch_size, count // parts * parts)
     if batch_size < settings.batch_size and state.is_main_process:

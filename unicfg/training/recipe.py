@@ -128,7 +128,9 @@ class TokenizerRecipe:
     training: Optimization = field(default_factory=Optimization)
 
     def __post_init__(self) -> None:
-        """Refuse settings of a training where there is none."""
+        """Refuse settings of a training where there is none, and an optimizer that has nothing to work on."""
+        if self.training.optimizer == "muon":
+            raise ValueError("optimizer is 'muon', expected 'adamw': a tokenizer has no blocks")
         if self.pretrained:
             changed = [
                 own.name

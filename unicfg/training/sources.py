@@ -60,13 +60,13 @@ class Entry:
         name: to be told where it cannot be used.
         content: what its source makes pixels and caption of.
         split: as the data names it, or None.
-        key: that tells the image apart from others, see ``data.is_held_out``; None where only its position does.
+        file: of the image, which may be there with several captions; None where it has none of its own.
     """
 
     name: str
     content: Any
     split: str | None = None
-    key: str | None = None
+    file: str | None = None
 
 
 class Source(Protocol):
@@ -338,8 +338,8 @@ def _write_round(
             continue
         image, caption = found
         if entry.split is None:
-            key = f"{i} {caption}" if entry.key is None else entry.key
-            part = VALIDATION if is_held_out(key, validation) else TRAIN
+            held_out = is_held_out(entry.file, i, caption, validation)
+            part = VALIDATION if held_out else TRAIN
         else:
             part = side_of(entry.split)
             if part == TEST:  # neither trained on nor looked at

@@ -120,11 +120,10 @@ def _train(recipe: Recipe, resume: bool, until: str, fsdp: bool) -> TextToImage 
         else given.config
     )
     _check_model(recipe, tokenizer_config)
-    check_batches(recipe.model.training)
-    if given is None:
+    if until == "model":
+        check_batches(recipe.model.training)
+    if given is None and until != "images" and not (out / "tokenizer" / WEIGHTS).exists():
         check_batches(recipe.tokenizer.training)
-        if recipe.tokenizer.training.optimizer == "muon":
-            raise ValueError("tokenizer: optimizer is 'muon', expected 'adamw': it has no blocks")
     made_from, source = images_made_from(images), None
     try:
         source = open_source(recipe.data)

@@ -201,7 +201,9 @@ def helps(results: Results, s: float) -> list[Help]:
                     family,
                     variant,
                     _won_back(cell, high, diversity, number(one, diversity) if diversity else None),
-                    _nearer(cell, high, burn, aim(results, burn) if burn else None),
+                    _won_back(
+                        cell, high, burn, aim(results, burn) if burn else None, either_side=True
+                    ),
                     _gain(cell, high, adherence),
                 )
             )
@@ -209,9 +211,14 @@ def helps(results: Results, s: float) -> list[Help]:
 
 
 def _won_back(
-    cell: CellResult, plain: CellResult, name: str | None, good: Estimate | None
+    cell: CellResult,
+    plain: CellResult,
+    name: str | None,
+    good: Estimate | None,
+    *,
+    either_side: bool = False,
 ) -> float:
-    """Of what more is better: more than all may be won back.
+    """Where more is better, more than all may be won back; what can be missed on either side, only approached.
 
     NaN also where the loss is within two combined standard errors: a share of noise says nothing.
     """
@@ -220,21 +227,12 @@ def _won_back(
     own, bad = number(cell, name), number(plain, name)
     if own is None or bad is None:
         return math.nan
-    if good.value - bad.value <= 2 * math.hypot(bad.error, good.error):
+    lost = good.value - bad.value
+    if (abs(lost) if either_side else lost) <= 2 * math.hypot(bad.error, good.error):
         return math.nan
-    return (own.value - bad.value) / (good.value - bad.value)
-
-
-def _nearer(cell: CellResult, plain: CellResult, name: str | None, good: Estimate | None) -> float:
-    """Of what may be missed on either side; NaN as above."""
-    if name is None or good is None:
-        return math.nan
-    own, bad = number(cell, name), number(plain, name)
-    if own is None or bad is None:
-        return math.nan
-    if abs(bad.value - good.value) <= 2 * math.hypot(bad.error, good.error):
-        return math.nan
-    return recovered(own.value, good.value, bad.value)
+    if either_side:
+        return recovered(own.value, good.value, bad.value)
+    return (own.value - bad.value) / lost
 
 
 def _gain(cell: CellResult, plain: CellResult, name: str | None) -> float:
