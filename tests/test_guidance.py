@@ -5,13 +5,14 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unicfg import Guidance, guide, sample_diffusion
-from unicfg.guidance import presets
+from unicfg.guidance import mitigations, presets
 from unicfg.guidance.schedules import (
     at_levels,
     constant,
@@ -234,3 +235,18 @@ def test_import_unicfg_pulls_in_no_other_library():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("number", [np.float32(3.0), np.float64(3.0), np.int64(3)])
+def test_a_scale_may_be_a_number_of_numpy(number):
+    assert Guidance(number).scale_at(0.5) == 3.0 == Guidance(lambda progress: number).scale_at(0.5)
+    out = guide(torch.tensor([[2.0]]), torch.tensor([[1.0]]), number)
+    assert out.item() == 4.0
+
+
+def test_a_lone_mitigation_and_a_scale_that_is_none_are_named():
+    with pytest.raises(TypeError, match=r"mitigations is rescale\(phi=0\.7\), expected a tuple"):
+        Guidance(3.0, mitigations.rescale(0.7))
+    for wrong in ("3", None, [3.0], np.ones(2)):
+        with pytest.raises(TypeError, match=r"s is .*, expected a number or a tensor"):
+            guide(torch.ones(2, 1), torch.zeros(2, 1), wrong)

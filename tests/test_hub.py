@@ -1,6 +1,7 @@
 """A repository of the hub is read as a folder is, and its card says what its readers must know."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +9,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
-from tiny import FAMILIES, network
+from tiny import FAMILIES, network, pipeline
 
 import models.folders
 import tokenizers_vq.cards
 import tokenizers_vq.hub
 from models import TextToImage, TokenTransformer
 from tokenizers_vq import Facts, VQTokenizer
-from tokenizers_vq.hub import save_part
+from tokenizers_vq.hub import WEIGHTS, save_part
 from unicfg import Guidance
 
 FACTS = Facts(
@@ -44,8 +45,17 @@ def hub(monkeypatch, tmp_path):
         if not (root / name).is_dir():
             missing = SimpleNamespace(headers={}, request=None)
             raise RepositoryNotFoundError("no such repository", response=missing)
-        return str(root / name)
+        asked.append(options)
+        patterns = options.get("allow_patterns", ["*"])
+        found = tmp_path / "cache" / f"{name.replace('/', '--')}-{len(asked)}"
+        for file in (root / name).rglob("*"):
+            inside = file.relative_to(root / name)
+            if file.is_file() and any(fnmatch(str(inside), own) for own in patterns):
+                (found / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, found / inside)
+        return str(found)
 
+    asked: list[dict] = []
     monkeypatch.setattr(tokenizers_vq.cards, "HfApi", Api)
     monkeypatch.setattr(tokenizers_vq.hub, "snapshot_download", snapshot)
     monkeypatch.setattr(models.folders, "snapshot_download", snapshot)
@@ -82,6 +92,24 @@ def test_a_pipeline_goes_there_and_back_with_all_its_families(hub, tmp_path):
         assert grid.size == (8 * side, 2 * side)
         first = flow(["a red circle"], **options)[0]
         assert grid.crop((0, 0, side, side)).tobytes() == first.tobytes()
+
+
+def test_of_a_repository_only_the_family_that_is_asked_for_is_read(hub, tmp_path, monkeypatch):
+    for family in ("ar", "flow"):
+        pipeline(family=family).push_to_hub("me/mine", FACTS)
+    (hub / "me/mine/flow" / WEIGHTS).write_bytes(b"broken, and not asked for")
+    asked, download = [], models.folders.snapshot_download
+
+    def watched(name, **options):
+        asked.append(options)
+        return download(name, **options)
+
+    monkeypatch.setattr(models.folders, "snapshot_download", watched)
+    pipe = TextToImage.from_pretrained("me/mine", "ar", revision="v1", token="secret")
+    assert pipe.family == "ar"
+    ((revision, token),) = [(own["revision"], own["token"]) for own in asked]
+    assert (revision, token) == ("v1", "secret")
+    assert not any("flow" in own or "*/" in own for own in asked[0]["allow_patterns"])
 
 
 def test_a_folder_has_a_card_where_there_is_something_to_say(tmp_path):

@@ -26,6 +26,7 @@ from unicfg.evaluation.diversity import (
 from unicfg.evaluation.features import IMAGENET_MEAN, IMAGENET_STD, extract, find_features, lite0
 from unicfg.evaluation.features import pixels as small_pixels
 from unicfg.evaluation.fidelity import fd, kid, neighbourhood
+from unicfg.evaluation.measuring import Tally
 from unicfg.evaluation.results import Estimate, TooFew
 from unicfg.evaluation.uncertainty import jackknife, leave_out, mean_over_images, share
 from unicfg.training.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, make_shapes
@@ -779,3 +780,12 @@ def test_two_runs_give_the_same_numbers_and_leave_randomness_alone(scenes):
     assert run() == first
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (str(np.random.get_state()), random.getstate()) == before[1:]
+
+
+def test_a_measure_that_makes_nothing_of_the_images_is_missing_with_its_reason():
+    def broken():
+        raise ValueError("vendi has features of zeros only")
+
+    tally = Tally()
+    tally.add(("vendi",), broken)
+    assert tally.missing == {"vendi": "vendi has features of zeros only"} and not tally.measures

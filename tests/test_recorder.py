@@ -338,3 +338,22 @@ def test_a_trace_from_a_gpu_is_that_of_the_cpu(family):
         traces.append(recorder.trace())
     # a token may differ by rounding, and all that follow it with it: the first step does not
     assert torch.allclose(traces[0].kl[0], traces[1].kl[0], rtol=1e-2)
+
+
+def test_what_is_held_of_a_token_that_was_not_finished_is_forgotten():
+    whole, cut = Recorder(), Recorder()
+    options = {"seeds": [0], "steps": 3, "guidance": Guidance(2.0)}
+    cond = torch.ones(1, 3).long()
+
+    def stops(step):
+        cut.head(step)
+        if step.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_hybrid(wrapped("hybrid"), cond, head_callback=stops, callback=cut, **options)
+    for recorder in (whole, cut):
+        sample_hybrid(
+            wrapped("hybrid"), cond, head_callback=recorder.head, callback=recorder, **options
+        )
+    assert torch.equal(whole.trace().strength, cut.trace().strength)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -409,3 +410,24 @@ def test_where_looking_would_wait_it_is_looked_at_in_the_end(monkeypatch):
     with pytest.raises(FloatingPointError, match=r"at token 2, in the branches \['uncond'\]"):
         sample_autoregressive(Uncached(logits, 6), cond, callback=steps.append, **options)
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cond": [[1]]}, r"cond is \[\[1\]\], expected a tensor"),
+        ({"uncond": [0]}, r"uncond is \[0\], expected a tensor"),
+        ({"seeds": 0}, "seeds is 0, expected a sequence of ints"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes, message):
+    options = {"cond": COND, "seeds": range(len(COND)), "guidance": Guidance(2.0)} | changes
+    with pytest.raises(TypeError, match=message):
+        sample_autoregressive(wrapped_transformer(), options.pop("cond"), **options)
+
+
+def test_counts_may_be_numpys_and_are_no_truth_values():
+    assert TokenFilter(top_k=np.int64(3)).top_k == 3
+    for wrong in (True, 2.0, 0):
+        with pytest.raises(ValueError, match=f"top_k is {wrong}, expected an int >= 1"):
+            TokenFilter(top_k=wrong)

@@ -12,6 +12,7 @@ from tokenizers_vq import (
     codebook_statistics,
     reconstruction_loss,
 )
+from tokenizers_vq.images import to_images
 from tokenizers_vq.losses import _mean, structural_dissimilarity
 from tokenizers_vq.quantizers import FiniteScalarQuantizer, VectorQuantizer
 
@@ -222,3 +223,13 @@ def test_bad_inputs_are_refused():
         tokenizer.decode_latents(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="images is empty"):
         tokenizer.fit_latent_statistics(torch.zeros(0, 3, 32, 32))
+
+
+def test_one_image_of_one_token_has_statistics_and_pixels_are_no_floats():
+    tokenizer = make(image_size=32, factor=8)
+    tokenizer.fit_latent_statistics(images(1, 8))
+    assert bool(tokenizer.latent_std.isfinite().all())
+    with pytest.raises(TypeError, match=r"images are torch\.uint8, expected floats in"):
+        to_images(torch.full((1, 3, 8, 8), 200, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images have shape \(3, 8, 8\)"):
+        to_images(torch.zeros(3, 8, 8))

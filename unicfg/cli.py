@@ -18,6 +18,7 @@ from models import TextToImage
 from models.batches import OutOfMemory
 from models.folders import held_families
 from models.pipeline import MODEL_CLASSES, Options
+from unicfg.evaluation.comparison import check_folder
 from unicfg.evaluation.comparison import compare as draw_comparison
 from unicfg.evaluation.prompts import read_prompts
 from unicfg.generation import BATCH, draw_folder
@@ -307,7 +308,8 @@ def compare(
             "expected a PROMPT, --data or --study (a single word after --families is taken for a family: put the PROMPT first)"
         )
     out = out or Path("out/compare.png")
-    _is_folder(out)  # or a picture, or refused
+    if _is_folder(out):
+        check_folder(out)
     if join_processes().num_processes > 1:
         raise ValueError(
             f"a PROMPT with {join_processes().num_processes} processes: expected one, or --data for a study that they share"

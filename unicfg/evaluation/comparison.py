@@ -20,6 +20,17 @@ from unicfg.guidance import Guidance
 from unicfg.pictures import grid, save_picture
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder that a comparison would spoil.
+
+    Raises:
+        ValueError: if it holds images of ``unicfg generate``.
+    """
+    held = out / "settings.json"
+    if held.is_file() and "prompt" not in read_json(held):
+        raise ValueError(f"{out} holds images of unicfg generate, expected another folder")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What was drawn.
@@ -68,9 +79,7 @@ class Comparison:
         if out.suffix and not out.is_dir():
             return save_picture(self.picture(), out)
         files = {}
-        held = out / "settings.json"
-        if held.exists() and "prompt" not in read_json(held):
-            raise ValueError(f"{out} holds images of unicfg generate, expected another folder")
+        check_folder(out)
         for (family, scale), images in self.images.items():
             for seed, image in zip(self.seeds, images, strict=True):
                 file = f"images/{family}-s{scale_text(scale)}-seed{seed}.png"
