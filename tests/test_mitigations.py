@@ -532,8 +532,10 @@ def test_momentum_keeps_what_mitigations_before_it_did():
     level = Level(c, 0.6, 0.8, "x0")
     for momentum in (0.0, 1e-12):
         chain = (m.static_threshold(1.0), m.apg(eta=1.0, momentum=momentum))
-        out = Guidance(S, chain).begin("x0").combine(0.0, c, u, level)
-        torch.testing.assert_close(out, guide(c, u, S).clamp(-1, 1))
+        running = Guidance(S, chain).begin("x0")
+        for progress in (0.0, 1.0):  # the second step has a momentum
+            out = running.combine(progress, c, u, level)
+            torch.testing.assert_close(out, guide(c, u, S).clamp(-1, 1))
 
 
 def test_a_level_that_leaves_a_space_open_in_one_sample_leaves_the_others_alone():
