@@ -365,6 +365,15 @@ def test_what_cannot_be_made_smaller_says_what_to_lower_and_keeps_what_is_finish
         pipe(CAPTIONS[:3], seeds=range(3), guidance=Guidance(schedules.linear(1.0, OF_EACH)))
 
 
+def test_a_lack_of_memory_is_one_line_on_the_command_line(folder, capsys, monkeypatch):
+    def scarce(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TextToImage, "_draw", scarce)
+    assert run("generate", "x", "--weights", folder, "-n", 1) == 2
+    assert "error: one image does not fit into memory" in capsys.readouterr().err
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_what_is_finished_is_kept(monkeypatch):
     pipe, sizes = pipeline(), []
     draw = type(pipe)._draw

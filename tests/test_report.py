@@ -265,6 +265,17 @@ def test_the_page_draws_the_front_over_all_families(study, page):
     assert best == {("ar", "2.0"), ("ar", "4.0")}  # less KID is better
 
 
+def test_more_than_was_lost_may_be_won_back_and_what_was_not_lost_may_not():
+    def of(entropy):
+        return cell_of({"open_entropy": entropy}, s=8)
+
+    good = findings.number(of(1.5), "open_entropy")
+    assert findings._won_back(of(2.0), of(1.0), "open_entropy", good) == pytest.approx(2.0)
+    assert findings._won_back(of(0.5), of(1.0), "open_entropy", good) == pytest.approx(-1.0)
+    # at s = 1 there was less than without the variant: nothing was lost
+    assert math.isnan(findings._won_back(of(1.6), of(2.5), "open_entropy", good))
+
+
 def test_recovered_share(study, page):
     ar, flow = rows_of(study, "helps-s8")
     # ar: entropy fell from 2.0 to 1.0, 1.75 is three quarters back; chroma left 12 % for 20 %, 14 % is three quarters back

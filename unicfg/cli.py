@@ -111,6 +111,10 @@ def generate(
     reveal: Annotated[
         str | None, typer.Option(help="masked: halton (the default), cosine, linear or arccos.")
     ] = None,
+    choice_noise: Annotated[
+        float | None,
+        typer.Option(help="masked, but for halton: noise on the confidence [4.5].", min=0),
+    ] = None,
     temperature: Annotated[
         float,
         typer.Option(help="ar, masked: 0 takes the likeliest token; hybrid: of the first noise."),
@@ -178,6 +182,7 @@ def generate(
         "steps": steps,
         "solver": solver,
         "reveal": reveal,
+        "choice_noise": choice_noise,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
