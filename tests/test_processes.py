@@ -169,7 +169,7 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path):
         fit(torch.nn.Linear(3, 1), data, lambda *_: None, settings, tmp_path, tracker=False)
     few = torch.utils.data.TensorDataset(torch.zeros(3, 3))
     settings = Optimization(steps=1, batch_size=8, accumulate=4)
-    with pytest.raises(ValueError, match="batch_size is 8, with 3 samples"):
+    with pytest.raises(ValueError, match="there are 3 samples, expected at least 4: 1 processes"):
         fit(torch.nn.Linear(3, 1), few, lambda *_: None, settings, tmp_path, tracker=False)
 
 
