@@ -41,10 +41,9 @@ from unicfg.sampling import (
     sample_hybrid,
     sample_masked,
 )
-from unicfg.sampling.branches import unsound
 from unicfg.sampling.hybrid import PASSES
 from unicfg.sampling.randomness import check_seeds
-from unicfg.sampling.solvers import infinite_samples
+from unicfg.sampling.soundness import LATENTS, places_of, unsound
 from unicfg.training.dropout import ConditionDropout
 
 Network = TokenTransformer | MaskedTransformer | LatentDenoiser | HybridTransformer
@@ -769,12 +768,13 @@ def _finite(images: Tensor) -> Tensor:
     Raises:
         FloatingPointError: if a pixel is not finite; names the samples.
     """
-    broken = infinite_samples(images)
-    if broken:
+    if LATENTS.broken(images):
         advice = (
             "the samplers found nothing wrong before, so look at the weights of the image tokenizer"
         )
-        raise unsound("the decoded images are not finite", broken, advice)
+        raise unsound(
+            "the decoded images are not finite", places_of(LATENTS.samples(images)), advice
+        )
     return images
 
 

@@ -13,7 +13,7 @@ from models import HybridTransformer, HybridTransformerConfig, compiled
 from unicfg import ConditionDropout, Guidance, sample_autoregressive, sample_hybrid
 from unicfg.guidance import mitigations, schedules
 from unicfg.sampling.autoregressive import Uncached
-from unicfg.sampling.branches import Watch
+from unicfg.sampling.soundness import Watch
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 

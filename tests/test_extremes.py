@@ -14,8 +14,8 @@ from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hyb
 from unicfg.guidance import mitigations, schedules
 from unicfg.guidance.spaces import Level
 from unicfg.sampling import Uncached, paths
-from unicfg.sampling.branches import Watch
 from unicfg.sampling.masked import REVEALS
+from unicfg.sampling.soundness import Watch
 from unicfg.sampling.tokens import TokenFilter
 
 COND, SEEDS, CODES = torch.tensor([[1, 2, 3], [4, 5, 6]]), [0, 1], 24
@@ -389,10 +389,12 @@ def spoiled(guided, cond_out, uncond_out):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_mitigation_is_blamed_for_its_own_nan(device, monkeypatch):
     """Also where looking at once would hold up a GPU; no token is out of range until it is looked at."""
-    for place in ("autoregressive", "hybrid"):
-        monkeypatch.setattr(f"unicfg.sampling.{place}.Watch", lambda _: Watch(torch.device(device)))
+    for place in ("autoregressive", "masked", "diffusion", "hybrid"):
+        monkeypatch.setattr(
+            f"unicfg.sampling.{place}.Watch", lambda _, *rule: Watch(torch.device(device), *rule)
+        )
     guidance = Guidance(3.0, (spoiled,))
-    wanted = r"the guided output holds NaN or \+inf at (token|step) 0.*samples \[1\].*mitigations"
+    wanted = r"the guided output (holds NaN or \+inf|is not finite) at (token|step) 0.*samples \[1\].*mitigations"
     for family, sample in (
         ("ar", sample_autoregressive),
         ("masked", sample_masked),
@@ -407,7 +409,9 @@ def test_a_mitigation_is_blamed_for_its_own_nan(device, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_head_that_carries_latents_too_far_is_found(device, monkeypatch):
     """Its output is finite, and what the last step makes of it is not."""
-    monkeypatch.setattr("unicfg.sampling.hybrid.Watch", lambda _: Watch(torch.device(device)))
+    monkeypatch.setattr(
+        "unicfg.sampling.hybrid.Watch", lambda _, *rule: Watch(torch.device(device), *rule)
+    )
     model = wrapped("hybrid", path="cosine", space="v")
     with torch.no_grad():
         for linear in (model.model.head.inputs, model.model.head.outputs):

@@ -13,8 +13,8 @@ from tiny import transformer, wrapped_transformer
 from unicfg import ConditionDropout, Guidance, guide, sample_autoregressive
 from unicfg.guidance.schedules import interval, linear, table
 from unicfg.sampling import TokenFilter, Uncached
-from unicfg.sampling.branches import Watch
 from unicfg.sampling.randomness import generators, uniform
+from unicfg.sampling.soundness import Watch
 from unicfg.sampling.tokens import draw
 
 COND = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 1]])

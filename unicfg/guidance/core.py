@@ -85,7 +85,15 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
         tensor([[4., 0.]])
     """
     _check_outputs(cond_out, uncond_out)
-    s = _check_scale(s, cond_out)
+    if isinstance(s, Tensor) and s.ndim and s.device != cond_out.device:
+        raise ValueError(
+            f"s is on {s.device} and the outputs on {cond_out.device}, expected one device"
+        )
+    return _guided(cond_out, uncond_out, _check_scale(s, cond_out))
+
+
+def _guided(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
+    """:func:`guide` for what was checked; ``s`` may be on the host, where looking at it holds up no device."""
     if not isinstance(s, Tensor) and s in (0.0, 1.0):  # exact whatever the values are
         return (cond_out if s == 1.0 else uncond_out.expand_as(cond_out)).clone()
     precise = torch.promote_types(cond_out.dtype, torch.float32)
@@ -93,7 +101,7 @@ def guide(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
 
     most = torch.finfo(precise).max
     s = (
-        s.double().clamp(-most, most).to(precise)
+        s.double().clamp(-most, most).to(cond.device, precise)
         if isinstance(s, Tensor)
         else max(-most, min(s, most))
     )
@@ -166,13 +174,12 @@ def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
             f"there are {len(outputs)} outputs and {len(weights)} weights, expected one weight each"
         )
     first, *others = outputs
-    weights = [w.to(first.device) if isinstance(w, Tensor) else w for w in weights]
     if len(outputs) == 1:
         return first
-    if len(outputs) == 2:
-        return guide(first, others[0], weights[0])
     for out in others:
         _check_outputs(first, out)
+    if len(outputs) == 2:
+        return _guided(first, others[0], _check_scale(weights[0], first))
     precise = torch.promote_types(first.dtype, torch.float32)
     scales = [_check_scale(weight, first) for weight in weights]
     base = _anchor(outputs, scales)
@@ -184,25 +191,27 @@ def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
     for out, scale in zip(outputs, scales, strict=True):
         wide = out.to(precise).expand_as(base)
         wide = torch.where(wide.isneginf() | masked, base, wide).clamp(-most, most)
-        total = total + (_rounded(scale, precise) * (wide - base)).clamp(-most, most)
+        total = total + (_rounded(scale, base) * (wide - base)).clamp(-most, most)
     limits = torch.finfo(first.dtype)
     return total.clamp(limits.min, limits.max).masked_fill(masked, -math.inf).to(first.dtype)
 
 
 def _anchor(outputs: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
     """The output that the others are compared with: in each sample the first one that has a weight."""
-    base, chosen = outputs[0], torch.as_tensor(scales[0] != 0, device=outputs[0].device)
+    base, chosen = outputs[0], torch.as_tensor(scales[0] != 0)
     for out, scale in zip(outputs[1:], scales[1:], strict=True):
-        if bool(chosen.all()):
+        if bool(
+            chosen.all()
+        ):  # looked at where the weights are, which is the host unless they came from elsewhere
             break
-        weighed = torch.as_tensor(scale != 0, device=out.device)
-        base = torch.where(~chosen & weighed, out.expand_as(base), base)
+        weighed = torch.as_tensor(scale != 0, device=chosen.device)
+        base = torch.where((~chosen & weighed).to(out.device), out.expand_as(base), base)
         chosen = chosen | weighed
     return base
 
 
-def _rounded(scale: Scale, dtype: torch.dtype) -> Scale:
-    return scale.to(dtype) if isinstance(scale, Tensor) else scale
+def _rounded(scale: Scale, like: Tensor) -> Scale:
+    return scale.to(like) if isinstance(scale, Tensor) else scale
 
 
 def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
@@ -237,8 +246,6 @@ def _check_scale(s: Scale, out: Tensor) -> Scale:
         if not math.isfinite(s):
             raise ValueError(f"s is {s}, expected a finite number")
         return s
-    if s.device != out.device and s.ndim > 0:
-        raise ValueError(f"s is on {s.device} and the outputs on {out.device}, expected one device")
     if not bool(torch.isfinite(s).all()):
         raise ValueError(f"s is {s.tolist()}, expected finite numbers")
     if s.ndim == 1:
@@ -401,7 +408,9 @@ class Guidance:
                     )
                 )
         fresh = (m.begin() if hasattr(m, "begin") else m for m in self.mitigations)
-        return replace(self, mitigations=tuple(fresh))
+        # each step asks the scale which branches it needs, which on a GPU is to wait for it
+        scale = self.scale.cpu() if isinstance(self.scale, Tensor) else self.scale
+        return replace(self, scale=scale, mitigations=tuple(fresh))
 
     def combine(
         self,
@@ -496,7 +505,7 @@ class Guidance:
             return self._combination.combine(progress, outputs)
         s = self.scale_at(progress)
         cond_out, uncond_out = outputs["cond"], outputs["uncond"]
-        return guide(cond_out, uncond_out, s.to(cond_out.device) if isinstance(s, Tensor) else s)
+        return mix([cond_out, uncond_out], [s, 1.0 - s])
 
 
 def _other_end(guided: Tensor, cond_out: Tensor, weight: Scale) -> Tensor:

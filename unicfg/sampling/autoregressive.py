@@ -20,7 +20,6 @@ from unicfg.sampling.branches import (
     Branch,
     Group,
     OfBranches,
-    Watch,
     begin_guidance,
     check_condition,
     combine,
@@ -30,6 +29,7 @@ from unicfg.sampling.branches import (
     require,
 )
 from unicfg.sampling.randomness import check_seeds, generators, uniform
+from unicfg.sampling.soundness import Watch
 from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
 

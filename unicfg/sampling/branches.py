@@ -7,7 +7,6 @@ the step does not need.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from unicfg.guidance.core import Guidance, Scale, to_dtype
 from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.randomness import is_count
+from unicfg.sampling.soundness import LOGITS, Watch, unsound_output
 from unicfg.training.dropout import ConditionDropout, expand_null
 
 
@@ -113,82 +113,6 @@ class Guided(NamedTuple):
     still: Tensor | None = None
 
 
-class Watch:
-    """Looks whether the numbers of a loop over tokens are sound: on a CPU at once, elsewhere at the end.
-
-    To look at a number on a GPU is to wait for it, and for all that was asked of it before.
-
-    Args:
-        device: of the numbers.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.at_once = device.type == "cpu"
-        self._seen: list[tuple[str, str, Tensor]] = []
-
-    def see(self, what: str, broken: Tensor, advice: str) -> None:
-        """Note what is wrong in the samples where ``broken``, bool (B,), is true, and what to do about it.
-
-        Raises:
-            FloatingPointError: if it is true in some, and is looked at.
-        """
-        self._seen.append((what, advice, broken))
-        if self.at_once:
-            self.finish()
-
-    def finish(self) -> None:
-        """Look at what was noted.
-
-        Raises:
-            FloatingPointError: says of the first that is broken what it is, in which samples, and what to do.
-        """
-        seen, self._seen = self._seen, []
-        if not seen:
-            return
-        flags = torch.stack([broken for _, _, broken in seen]).tolist()
-        for (what, advice, _), of_samples in zip(seen, flags, strict=True):
-            if any(of_samples):
-                raise unsound(what, [i for i, broken in enumerate(of_samples) if broken], advice)
-
-
-CHECK_MODEL = (
-    "expected finite numbers (in logits also -inf, which masks a token): look at the model's weights and at its dtype, "
-    "for float16 ends at 65504"
-)
-CHECK_GUIDANCE = "expected a scale nearer to 1, or other mitigations"
-
-
-def unsound(what: str, samples: Sequence[int], advice: str) -> FloatingPointError:
-    """The error of every sampler for numbers that it cannot go on with.
-
-    Args:
-        what: is wrong, and at which step.
-        samples: their places in the batch.
-        advice: what to do.
-    """
-    return FloatingPointError(f"{what}, of the samples {list(samples)}: {advice}")
-
-
-def unsound_output(
-    trouble: str, step: str, broken: Mapping[str, list[int]], guided: list[int]
-) -> FloatingPointError:
-    """:func:`unsound` for the outputs of one step.
-
-    Args:
-        trouble: what they do that they should not, as in "holds NaN or +inf".
-        step: what to call the step.
-        broken: the samples of each branch that are; those without any are left out.
-        guided: the samples of the guided output that are.
-    """
-    broken = {name: samples for name, samples in broken.items() if samples}
-    if not broken:
-        what = f"the guided output {trouble} at {step}, where those of its branches are sound"
-        return unsound(what, guided, CHECK_GUIDANCE)
-    samples = sorted({i for of_branch in broken.values() for i in of_branch})
-    what = f"the model's output {trouble} at {step}, in the branches {list(broken)}"
-    return unsound(what, samples, CHECK_MODEL)
-
-
 def combine(
     guidance: Guidance,
     progress: float,
@@ -205,32 +129,27 @@ def combine(
         outputs: of each branch that the step needs (B, ...).
         step: what to call this step in an error, as in "step 3".
         level: where a denoiser's outputs were made.
-        watch: looks at the outputs later, if it does not look at once.
+        watch: of the sampling: says what is looked for, and may look later. None looks at once, as at logits.
 
     Raises:
         ValueError: if the outputs of two branches differ in shape.
-        FloatingPointError: if an output holds NaN or +inf; names the step, the branch and the samples.
+        FloatingPointError: if an output holds what ``watch`` refuses, and is looked at; names the step, the branch and
+            the samples.
     """
-    if watch is not None and not watch.at_once:
-        check_same_shape(outputs)
-        for name, out in outputs.items():
-            what = f"the model's output holds NaN or +inf at {step}, in the branches {[name]}"
-            watch.see(what, _broken_samples(out), CHECK_MODEL)
-        out = guidance.combine_branches(progress, outputs, level)
+    rule = LOGITS if watch is None else watch.rule
+    later = watch is not None and not watch.at_once
+    if watch is not None and later:
+        watch.see_outputs(outputs, step)
+    elif any(rule.broken(out) for out in outputs.values()):
+        raise unsound_output(rule, outputs, None, step)
+    check_same_shape(outputs)
+    out = guidance.combine_branches(progress, outputs, level)
+    if watch is not None and later:
         if guidance.mitigations:  # the formula itself makes no such numbers
-            what = f"the guided output holds NaN or +inf at {step}"
-            watch.see(what, _broken_samples(out), CHECK_GUIDANCE)
-        return Guided(out, guidance.scale_at(progress), outputs, guidance.still_at(progress))
-    # before they are guided, which saturates +inf; -inf masks a logit and is let through
-    guided: list[int] = []
-    if not any(_is_broken(out) for out in outputs.values()):
-        check_same_shape(outputs)
-        out = guidance.combine_branches(progress, outputs, level)
-        if not _is_broken(out):
-            return Guided(out, guidance.scale_at(progress), outputs, guidance.still_at(progress))
-        guided = places_of(_broken_samples(out))
-    broken = {name: places_of(_broken_samples(out)) for name, out in outputs.items()}
-    raise unsound_output("holds NaN or +inf", step, broken, guided)
+            watch.see_guided(out, step)
+    elif rule.broken(out):
+        raise unsound_output(rule, outputs, out, step)
+    return Guided(out, guidance.scale_at(progress), outputs, guidance.still_at(progress))
 
 
 def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
@@ -250,22 +169,6 @@ def check_same_shape(outputs: Mapping[str, Tensor]) -> None:
                 f"the branch {name!r} gives {tuple(other.shape)} and {first!r} {tuple(out.shape)}, expected equal "
                 "shapes: a model of the same tokenizer, codebook and latents"
             )
-
-
-def _is_broken(out: Tensor) -> bool:
-    """Whether there is a NaN or +inf, in one pass: the largest value is NaN if any is."""
-    return out.numel() > 0 and not bool(out.amax() < math.inf)
-
-
-def _broken_samples(out: Tensor) -> Tensor:
-    """The same of each sample, bool (B,)."""
-    return ~(out.reshape(len(out), -1).amax(1) < math.inf)
-
-
-def places_of(flags: Tensor) -> list[int]:
-    """Where flags (B,) are true."""
-    places: list[int] = flags.nonzero().flatten().tolist()
-    return places
 
 
 def begin_guidance(guidance: Guidance | None, space: str) -> Guidance:
@@ -509,6 +412,7 @@ class WholeGridPass:
         device: of x, for the times.
         refresh: run the other branches than "cond" in every ``refresh``-th call only, or where they were not needed before;
             in between their distance from it is that of the last time.
+        watch: see :func:`combine`.
 
     Raises:
         ValueError: if ``refresh`` is less than 1.
@@ -522,10 +426,11 @@ class WholeGridPass:
         times: Sequence[float] = (),
         device: torch.device | None = None,
         refresh: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         if not is_count(refresh):
             raise ValueError(f"refresh is {refresh!r}, expected an int >= 1")
-        self.guidance, self.batch, self.refresh = guidance, batch, refresh
+        self.guidance, self.batch, self.refresh, self.watch = guidance, batch, refresh, watch
         self._held: dict[str, Tensor] = {}  # cond_out - out of the other branches
         self._calls = 0
         self.groups = [Group(_own_form(group.network), group.conditions) for group in groups]
@@ -574,9 +479,10 @@ class WholeGridPass:
 
         Raises:
             ValueError: if the outputs of two branches differ in shape.
-            FloatingPointError: if an output holds NaN or +inf.
+            FloatingPointError: see :func:`combine`.
         """
-        return combine(self.guidance, progress, self.branches(progress, x, *rest, t=t), step, level)
+        outputs = self.branches(progress, x, *rest, t=t)
+        return combine(self.guidance, progress, outputs, step, level, self.watch)
 
     def branches(
         self, progress: float, x: Tensor, *rest: Tensor, t: float | None = None

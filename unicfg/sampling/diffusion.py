@@ -35,10 +35,9 @@ from unicfg.sampling.solvers import (
     check_solver,
     check_steps,
     integrate,
-    require_finite,
-    require_finite_latents,
     time_grid,
 )
+from unicfg.sampling.soundness import LATENTS, Watch
 from unicfg.training.dropout import ConditionDropout
 
 
@@ -120,6 +119,7 @@ def sample_diffusion(
     path = _check_path(_declared(network, "path", "path", path))
     space = check_space(_declared(network, "space", "space", space))
     guidance = begin_guidance(guidance, space)
+    watch = Watch(cond.device, LATENTS)
     check_cfg_pp(guidance, solver)
     sources = generators(check_seeds(seeds, len(cond)))
     noise = normal(sources, shape).to(cond.device)
@@ -131,13 +131,14 @@ def sample_diffusion(
         alpha, sigma = path.coefficients(grid[:-1])
         guidance = _at_levels(guidance, (sigma / alpha).tolist())
         groups = plan(network, cond, uncond, branches, guidance, progresses)
-        run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device, refresh)
-        evaluate = _evaluation(run, path, space)
+        run = WholeGridPass(groups, guidance, len(cond), grid.tolist(), cond.device, refresh, watch)
+        evaluate = _evaluation(run, path, space, watch, told=callback is not None)
         x = noise * path.coefficients(grid)[1][0]
         latents = integrate(
             evaluate, x, grid, path, space, solver, eta, sources, pin=pin, callback=callback
         )
-        require_finite_latents(latents, "after the last step")
+        watch.see_latents(latents, "after the last step")
+        watch.finish()
         return latents
     if times is not None or (solver, spacing, shift, eta) != ("ddim", "uniform", 1.0, 0.0):
         raise ValueError(
@@ -148,10 +149,11 @@ def sample_diffusion(
     progresses = [progress_at(i, len(scheduled.timesteps)) for i in range(len(scheduled.timesteps))]
     guidance = _at_levels(guidance, scheduled.ratios)
     groups = plan(network, cond, uncond, branches, guidance, progresses)
-    run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device, refresh)
-    evaluate = _evaluation(run, path, space)
+    run = WholeGridPass(groups, guidance, len(cond), scheduled.times, cond.device, refresh, watch)
+    evaluate = _evaluation(run, path, space, watch, told=callback is not None)
     latents = scheduled.sample(evaluate, noise, sources, pin, callback)
-    require_finite_latents(latents, f"after the last step of the scheduler {scheduled.name}")
+    watch.see_latents(latents, f"after the last step of the scheduler {scheduled.name}")
+    watch.finish()
     return latents
 
 
@@ -161,22 +163,29 @@ def _at_levels(guidance: Guidance, ratios: Sequence[float]) -> Guidance:
     return replace(guidance, scale=scale)
 
 
-def _evaluation(guided_pass: WholeGridPass, path: Path, space: Space) -> Evaluate:
+def _evaluation(
+    guided_pass: WholeGridPass, path: Path, space: Space, watch: Watch, *, told: bool
+) -> Evaluate:
+    """The guided prediction at each step; ``told``: somebody is shown it, so it is looked at first."""
+
     def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
         level = None
         if guided_pass.guidance.mitigations:
             level = Level(x, *path.coefficients(torch.tensor(t, dtype=torch.float64)), space)
+        where = f"before step {index}"
+        if not watch.at_once:
+            watch.see_latents(x, where)
         try:
             guided = guided_pass(progress, f"step {index}", x, t=t, level=level)
-            if guided.out.shape != x.shape:
-                raise ValueError(
-                    f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"
-                )
-            require_finite(guided, f"step {index}")
         except FloatingPointError:
-            # the model is not to blame for what it was given
-            require_finite_latents(x, f"before step {index}")
+            watch.see_latents(x, where)  # the model is not to blame for what it was given
             raise
+        if guided.out.shape != x.shape:
+            raise ValueError(
+                f"the model returned {tuple(guided.out.shape)} for x {tuple(x.shape)}, expected equal shapes"
+            )
+        if told:
+            watch.finish()
         return guided
 
     return evaluate

@@ -21,7 +21,6 @@ from unicfg.sampling.branches import (
     Branch,
     Group,
     Guided,
-    Watch,
     WholeGridPass,
     begin_guidance,
     check_condition,
@@ -33,7 +32,6 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.masked import reveal_counts
 from unicfg.sampling.randomness import check_seeds, generators, normal
 from unicfg.sampling.solvers import (
-    CHECK_LATENTS,
     Callback,
     Solver,
     Spacing,
@@ -41,12 +39,10 @@ from unicfg.sampling.solvers import (
     check_solver,
     check_steps,
     integrate,
-    is_finite,
-    require_finite,
-    require_finite_latents,
     step_weights,
     time_grid,
 )
+from unicfg.sampling.soundness import CHECK_LATENTS, LATENTS, Watch, require_sound
 from unicfg.training.dropout import ConditionDropout
 
 Denoise = Callable[[Tensor], Tensor]
@@ -227,7 +223,7 @@ def sample_hybrid(
     walk = None
     if compile and solver == "ddim" and len(groups) == 1 and head_callback is None:
         walk = _compiled_walk(network.head, times)
-    watch = Watch(cond.device)
+    watch = Watch(cond.device, LATENTS)
     head = _Head(
         network.head,
         heads,
@@ -238,7 +234,7 @@ def sample_hybrid(
         levels,
         walk,
         head_callback,
-        watch.at_once,
+        watch,
     )
     if causal:
         turns = _causal_turns(groups, guidance, progresses, latents, compile)
@@ -247,8 +243,8 @@ def sample_hybrid(
     for turn in turns:
         drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
         if not watch.at_once:  # where the head did not look
-            broken = ~drawn.isfinite().flatten(1).all(1)
-            watch.see(f"token {turn.index}: the latents are not finite", broken, CHECK_LATENTS)
+            what = f"token {turn.index}: the latents are not finite"
+            watch.see(what, LATENTS.samples(drawn), CHECK_LATENTS)
         latents.scatter_(1, _wide(turn.places, channels), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
@@ -378,7 +374,7 @@ class _Head:
     levels: Sequence[tuple[Tensor, Tensor]]
     walk: Walk | None
     callback: Callback | None
-    looks: bool  # at every step, which would hold up a GPU
+    watch: Watch
 
     def __call__(self, turn: _Turn, noise: Tensor) -> Tensor:
         """Latents (B, k, C) for noise (B, k, C)."""
@@ -414,7 +410,7 @@ class _Head:
             s = s.expand(rows, tokens, 1).clone(memory_format=torch.contiguous_format).view(-1, 1)
         hidden = torch.cat([states[name] for name in needed]).flatten(0, 1)
         drawn = self.walk(hidden, x.flatten(0, 1), s)
-        if drawn is None or (self.looks and not is_finite(drawn)):
+        if drawn is None or (self.watch.at_once and LATENTS.broken(drawn)):
             return None
         return drawn.view(x.shape)
 
@@ -441,9 +437,9 @@ class _Head:
                 cond_out, uncond_out = both.chunk(2)
                 out = guide_unchecked(cond_out, uncond_out, plain_scale)
                 outputs = {"cond": cond_out, "uncond": uncond_out}
-                if self.looks and not is_finite(out):
+                if self.watch.at_once and LATENTS.broken(out):
                     out = guide(cond_out, uncond_out, plain_scale)
-                    require_finite(Guided(out, scale, outputs), f"step {index}")
+                    require_sound(LATENTS, outputs, out, f"step {index}")
                 return Guided(out, scale, outputs)
             outputs = {}
             for names, denoisers in passes:
@@ -451,14 +447,13 @@ class _Head:
                 outputs.update(zip(names, rows.chunk(len(names)), strict=True))
             level = Level(x, *self.levels[index], space) if running.mitigations else None
             out = running.combine_branches(progress, outputs, level)
-            guided = Guided(out, scale, outputs, running.still_at(progress))
-            if self.looks:
-                require_finite(guided, f"step {index}")
-            return guided
+            if self.watch.at_once:
+                require_sound(LATENTS, outputs, out, f"step {index}")
+            return Guided(out, scale, outputs, running.still_at(progress))
 
         drawn = integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
-        if self.looks:
-            require_finite_latents(drawn, "after the last step of the head")
+        if self.watch.at_once:
+            self.watch.see_latents(drawn, "after the last step of the head")
         return drawn
 
 

@@ -24,10 +24,10 @@ from unicfg.sampling.branches import (
     network_and_null,
     plan,
     require,
-    unsound,
 )
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.solvers import check_steps
+from unicfg.sampling.soundness import Watch
 from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, draw
 from unicfg.training.dropout import ConditionDropout
 
@@ -149,7 +149,7 @@ def sample_masked(
     masked = ids == network.mask_token
     steps = min(steps, network.num_tokens)
     counts = reveal_counts(masked.sum(1), steps, reveal)
-    busy = [bool(count.any()) for count in counts]
+    busy = torch.stack(counts).any(1).tolist()  # one look at a GPU, not one a step
     if not any(busy):
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
@@ -159,7 +159,8 @@ def sample_masked(
     # the others of its batch
     passes = [p for p, runs in zip(progresses, busy, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
-    run = WholeGridPass(groups, guidance, batch, refresh=refresh)
+    watch = Watch(cond.device)
+    run = WholeGridPass(groups, guidance, batch, refresh=refresh, watch=watch)
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
@@ -172,11 +173,11 @@ def sample_masked(
         if places is not None:
             # the places are known beforehand: nothing else need be drawn
             kept = _highest(-places.double().expand_as(ids), masked, counts[index])
-            logits = _drawable(guided.out, kept, index)
+            logits = _drawable(guided.out, kept, index, watch)
             ids = ids.clone()
             ids[kept] = draw(choose(logits), noise[:, 0][kept])
         else:
-            logits = _drawable(guided.out, masked, index)
+            logits = _drawable(guided.out, masked, index, watch)
             drawn = draw(choose(logits), noise[:, 0][masked])
             # of the guided softmax itself: after temperature and filters every token may be certain
             confidence = logits.double().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
@@ -187,9 +188,11 @@ def sample_masked(
             ids = torch.where(kept, ids.masked_scatter(masked, drawn), ids)
         masked = masked & ~kept
         if callback is not None:
+            watch.finish()
             callback(
                 UnmaskingStep(index, progress, guided.scale, ids, kept, guided.out, guided.outputs)
             )
+    watch.finish()
     return ids
 
 
@@ -275,17 +278,15 @@ def _check_logits(logits: Tensor, ids: Tensor, mask_token: int) -> None:
         )
 
 
-def _drawable(guided: Tensor, chosen: Tensor, index: int) -> Tensor:
+def _drawable(guided: Tensor, chosen: Tensor, index: int, watch: Watch) -> Tensor:
     """The logits (N, V) of the chosen tokens (B, L), if there is something to draw in each.
 
     Raises:
-        FloatingPointError: if all logits of a token are -inf.
+        FloatingPointError: if all logits of a token are -inf, and are looked at.
     """
     logits = guided[chosen]
-    masked = logits.amax(-1).isneginf()
-    if bool(masked.any()):
-        samples = sorted(set(chosen.nonzero()[masked, 0].tolist()))
-        raise unsound(f"no token can be drawn at step {index}", samples, ALL_MASKED)
+    masked = chosen.masked_scatter(chosen, logits.amax(-1).isneginf())
+    watch.see(f"no token can be drawn at step {index}", masked.any(1), ALL_MASKED)
     return logits
 
 

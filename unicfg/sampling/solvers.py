@@ -12,7 +12,6 @@ velocity d = eps - x0 is the same quantity everywhere. In these coordinates neit
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,7 @@ from unicfg.guidance.spaces import (
 from unicfg.sampling.branches import (
     Guided,
     OfBranches,
-    places_of,
     progress_at,
-    unsound,
-    unsound_output,
 )
 from unicfg.sampling.paths import Path, shift_time
 from unicfg.sampling.randomness import is_count, normal
@@ -45,7 +41,6 @@ Spacing = Literal["uniform", "karras"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
-CHECK_LATENTS = "expected outputs of the model about as large as its latents, a scale nearer to 1, or a mitigation"
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # Karras et al., arXiv 2206.00364, table 1
 
 Evaluate = Callable[[int, float, Tensor, float], Guided]
@@ -106,7 +101,7 @@ def integrate(
 
     Args:
         evaluate: ``(index, progress, x (R, ...), t) -> Guided``; ``index`` is that of the grid point. It lets nothing
-            through that is not finite, see :func:`require_finite`.
+            through that is not finite, see ``soundness.LATENTS``.
         x: noisy samples (R, ...) at ``times[0]``, of any number of dimensions.
         times: float64 (N + 1,), falling, in [0, 1].
         path: gives alpha and sigma at each time.
@@ -345,44 +340,6 @@ def last_ratio(path: Path) -> float:
     """The ratio sigma / alpha at t = 1, infinite where alpha is 0 there."""
     alpha, sigma = path.coefficients(torch.ones(1, dtype=torch.float64))
     return float(sigma / alpha)
-
-
-def require_finite(guided: Guided, step: str) -> None:
-    """Refuse what :func:`branches.combine` lets through because it means something in logits.
-
-    Raises:
-        FloatingPointError: if an output is not finite.
-    """
-    # the branches, not the result: guidance saturates +inf and takes -inf for a mask
-    if all(is_finite(out) for out in (*guided.outputs.values(), guided.out)):
-        return
-    broken = {name: infinite_samples(out) for name, out in guided.outputs.items()}
-    raise unsound_output("is not finite", step, broken, infinite_samples(guided.out))
-
-
-def require_finite_latents(latents: Tensor, where: str) -> None:
-    """Refuse latents that finite outputs have carried beyond what a float holds.
-
-    Args:
-        latents: (B, ...).
-        where: they are, as in "after the last step".
-
-    Raises:
-        FloatingPointError: if they are not finite; names the samples.
-    """
-    if not is_finite(latents):
-        what = f"the latents are not finite {where}"
-        raise unsound(what, infinite_samples(latents), CHECK_LATENTS)
-
-
-def infinite_samples(out: Tensor) -> list[int]:
-    """The samples of (B, ...) with a value that is not finite."""
-    return places_of(~out.isfinite().reshape(len(out), -1).all(1))
-
-
-def is_finite(out: Tensor) -> bool:
-    """Whether all values are finite; a sum that is needs only one operation to show it."""
-    return math.isfinite(float(out.sum())) or bool(out.isfinite().all())
 
 
 def report_step(index: int, progress: float, t: float, now: Prediction) -> DenoisingStep:

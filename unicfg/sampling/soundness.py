@@ -1,0 +1,175 @@
+"""Numbers that a sampling cannot go on with: which they are, when they are looked for, and what the error says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHECK_MODEL = (
+    "expected finite numbers (in logits also -inf, which masks a token): look at the model's weights and at its dtype, "
+    "for float16 ends at 65504"
+)
+CHECK_GUIDANCE = "expected a scale nearer to 1, or other mitigations"
+CHECK_LATENTS = "expected outputs of the model about as large as its latents, a scale nearer to 1, or a mitigation"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What outputs of a model may not hold.
+
+    Attributes:
+        trouble: what an error says of outputs that do.
+        broken: whether outputs of any shape do, by one operation over all that are sound.
+        samples: which samples of (B, ...) do, bool (B,).
+    """
+
+    trouble: str
+    broken: Callable[[Tensor], bool]
+    samples: Callable[[Tensor], Tensor]
+
+
+def _exceeds(out: Tensor) -> bool:
+    return out.numel() > 0 and not bool(out.amax() < math.inf)  # the largest is NaN if any is
+
+
+def _exceeding(out: Tensor) -> Tensor:
+    return ~(out.reshape(len(out), -1).amax(1) < math.inf)
+
+
+def _is_infinite(out: Tensor) -> bool:
+    # where the sum is finite, all are
+    return not (math.isfinite(float(out.sum())) or bool(out.isfinite().all()))
+
+
+def _infinite(out: Tensor) -> Tensor:
+    return ~out.isfinite().reshape(len(out), -1).all(1)
+
+
+LOGITS = Rule("holds NaN or +inf", _exceeds, _exceeding)
+"""Before they are guided, which saturates +inf; -inf masks a token and is let through."""
+
+LATENTS = Rule("is not finite", _is_infinite, _infinite)
+"""Of latents and of predictions for them, where no infinity means anything."""
+
+
+class Watch:
+    """Looks whether the numbers of a sampling are sound: on a CPU at once, elsewhere at the end.
+
+    To look at a number on a GPU is to wait for it, and for all that was asked of it before.
+
+    Args:
+        device: of the numbers.
+        rule: what the model's outputs may not hold.
+    """
+
+    def __init__(self, device: torch.device, rule: Rule = LOGITS) -> None:
+        self.rule, self.at_once = rule, device.type == "cpu"
+        self._seen: list[tuple[str, str, Tensor]] = []
+
+    def see(self, what: str, broken: Tensor, advice: str) -> None:
+        """Note what is wrong in the samples where ``broken``, bool (B,), is true, and what to do about it.
+
+        Raises:
+            FloatingPointError: if it is true in some, and is looked at.
+        """
+        self._seen.append((what, advice, broken))
+        if self.at_once:
+            self.finish()
+
+    def see_outputs(self, outputs: Mapping[str, Tensor], step: str) -> None:
+        """Note where the outputs (B, ...) of some branches are unsound.
+
+        Raises:
+            FloatingPointError: see :meth:`see`.
+        """
+        for name, out in outputs.items():
+            what = f"the model's output {self.rule.trouble} at {step}, in the branches {[name]}"
+            self.see(what, self.rule.samples(out), CHECK_MODEL)
+
+    def see_guided(self, out: Tensor, step: str) -> None:
+        """Note where a guided output (B, ...) is unsound though those of its branches are not.
+
+        Raises:
+            FloatingPointError: see :meth:`see`.
+        """
+        what = f"the guided output {self.rule.trouble} at {step}"
+        self.see(what, self.rule.samples(out), CHECK_GUIDANCE)
+
+    def see_latents(self, latents: Tensor, where: str) -> None:
+        """Note where latents (B, ...) were carried beyond what a float holds.
+
+        Args:
+            latents: (B, ...).
+            where: they are, as in "after the last step".
+
+        Raises:
+            FloatingPointError: see :meth:`see`.
+        """
+        if not self.at_once or LATENTS.broken(latents):
+            self.see(f"the latents are not finite {where}", LATENTS.samples(latents), CHECK_LATENTS)
+
+    def finish(self) -> None:
+        """Look at what was noted.
+
+        Raises:
+            FloatingPointError: says of the first that is broken what it is, in which samples, and what to do.
+        """
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        flags = torch.stack([broken for _, _, broken in seen]).tolist()
+        for (what, advice, _), of_samples in zip(seen, flags, strict=True):
+            if any(of_samples):
+                raise unsound(what, [i for i, broken in enumerate(of_samples) if broken], advice)
+
+
+def unsound(what: str, samples: Sequence[int], advice: str) -> FloatingPointError:
+    """The error of every sampler for numbers that it cannot go on with.
+
+    Args:
+        what: is wrong, and at which step.
+        samples: their places in the batch.
+        advice: what to do.
+    """
+    return FloatingPointError(f"{what}, of the samples {list(samples)}: {advice}")
+
+
+def unsound_output(
+    rule: Rule, outputs: Mapping[str, Tensor], guided: Tensor | None, step: str
+) -> FloatingPointError:
+    """:func:`unsound` for the outputs of one step, of which some are.
+
+    Args:
+        rule: that they break.
+        outputs: of each branch (B, ...).
+        guided: the guided output (B, ...), which is to blame if they are sound; None if there is none yet.
+        step: what to call the step.
+    """
+    each = {name: places_of(rule.samples(out)) for name, out in outputs.items()}
+    broken = {name: samples for name, samples in each.items() if samples}
+    if not broken and guided is not None:
+        what = f"the guided output {rule.trouble} at {step}, where those of its branches are sound"
+        return unsound(what, places_of(rule.samples(guided)), CHECK_GUIDANCE)
+    samples = sorted({i for of_branch in broken.values() for i in of_branch})
+    what = f"the model's output {rule.trouble} at {step}, in the branches {list(broken)}"
+    return unsound(what, samples, CHECK_MODEL)
+
+
+def require_sound(rule: Rule, outputs: Mapping[str, Tensor], guided: Tensor, step: str) -> None:
+    """Refuse a step of which an output is unsound; the branches count, for guidance saturates what it is given.
+
+    Raises:
+        FloatingPointError: see :func:`unsound_output`.
+    """
+    if any(rule.broken(out) for out in (*outputs.values(), guided)):
+        raise unsound_output(rule, outputs, guided, step)
+
+
+def places_of(flags: Tensor) -> list[int]:
+    """Where flags (B,) are true."""
+    places: list[int] = flags.nonzero().flatten().tolist()
+    return places
