@@ -1,7 +1,7 @@
 """A device that is none: its tensors are held by the CPU, obey a GPU's rules, and count who looks at them.
 
-A GPU refuses to mix its tensors with those of the CPU (single numbers and indices aside), and whoever looks at a number on it
-waits for all that was asked of it before. Both can be told without one. Run as a script, since torch registers a
+A GPU refuses to mix its tensors with those of the CPU (single numbers and indices aside), and whoever looks at a number on it,
+or copies something to it and does not say ``non_blocking``, waits for all that was asked of it before. Both can be told without one. Run as a script, since torch registers a
 device for the whole process: prints what became of each scenario as JSON.
 """
 
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from tiny import network, pipeline, wrapped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from unicfg import Branch, ConditionDropout, Guidance, guide, sample_hybrid
+from unicfg import Branch, ConditionDropout, Guidance, guide, sample_diffusion, sample_hybrid
 from unicfg.guidance import branches, mitigations
 from unicfg.guidance.schedules import interval, linear
 from unicfg.sampling import guided_call
@@ -64,7 +64,7 @@ class Device(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-LOOKS = ("_local_scalar_dense", "equal", "is_nonzero")
+LOOKS = ("_local_scalar_dense", "equal", "is_nonzero", "_linalg_eigh")
 SELECTIONS = ("nonzero", "masked_select", "_unique2")
 NO_NUMBERS = (
     "cat",
@@ -103,11 +103,14 @@ def run(func, args, kwargs):
     if kwargs.get("device") is not None:
         out_far = torch.device(kwargs["device"]).type == "far"
         looks["moved to the CPU"] += bool(far) and not out_far
+        looks["moved to the device"] += bool(near) and out_far and not kwargs.get("non_blocking")
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if name == "copy_":
         looks["moved to the CPU"] += isinstance(args[1], Far) and not isinstance(args[0], Far)
         out_far = isinstance(args[0], Far)
+        waits = not kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        looks["moved to the device"] += out_far and not isinstance(args[1], Far) and waits
     held = {id(tensor.held): tensor for tensor in far}
     plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, Far) else leaf, (args, kwargs))
     out = func(*plain[0], **plain[1])
@@ -122,6 +125,9 @@ def run(func, args, kwargs):
 
 def register() -> None:
     """Tell torch of the device, and of what it calls below a dispatch mode."""
+    # not in every version of torch that the library allows
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
     _setup_privateuseone_for_python_backend("far")
     library = torch.library.Library("aten", "IMPL")
     for name, op in (
@@ -139,26 +145,36 @@ def register() -> None:
 
 # scenarios: what a device draws, the same on the CPU
 
+Options = Callable[[str], dict[str, Any]]
 PROMPTS, SEEDS = ["a red circle", "two green stars"], [3, 4]
 IMAGE, MASK = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
-GUIDANCE: dict[str, Callable[[], dict[str, Any]]] = {
-    "a number": lambda: {"guidance": Guidance(3.0)},
-    "a schedule": lambda: {"guidance": Guidance(interval(linear(1, 4), 0.2, 0.8))},
-    "a scale for each sample": lambda: {"guidance": Guidance(torch.tensor([1.0, 3.0]))},
-    "a negative prompt": lambda: {
+GUIDANCE: dict[str, Options] = {
+    "a number": lambda device: {"guidance": Guidance(3.0)},
+    "a schedule": lambda device: {"guidance": Guidance(interval(linear(1, 4), 0.2, 0.8))},
+    "a scale for each sample": lambda device: {"guidance": Guidance(torch.tensor([1.0, 3.0]))},
+    "a negative prompt": lambda device: {
         "guidance": Guidance(branches.negative(2.0, 1.5)),
         "branches": {"negative": "a tiger"},
     },
-    "a negative prompt for some": lambda: {
-        "guidance": Guidance(branches.negative(2.0, torch.tensor([0.0, 1.5]))),
+    "a negative prompt for some": lambda device: {
+        "guidance": Guidance(branches.negative(torch.tensor([0.0, 2.0]), 1.5)),
+        "branches": {"negative": "a tiger"},
+    },
+    "scales on the device": lambda device: {
+        "guidance": Guidance(torch.tensor([0.0, 3.0]).to(device))
+    },
+    "weights on the device": lambda device: {
+        "guidance": Guidance(
+            branches.negative(interval(torch.tensor([1.0, 2.0]).to(device), 0.2, 0.8), 1.5)
+        ),
         "branches": {"negative": "a tiger"},
     },
 }
-OF_LOGITS: dict[str, Callable[[], dict[str, Any]]] = {
-    "a limit on divergence": lambda: {
+OF_LOGITS: dict[str, Options] = {
+    "a limit on divergence": lambda device: {
         "guidance": Guidance(5.0, (mitigations.kl_trust_region(0.3),))
     },
-    "filters": lambda: {
+    "filters": lambda device: {
         "guidance": Guidance(
             torch.tensor([1.0, 5.0]), (mitigations.top_k_of_cond(8), mitigations.plausibility())
         ),
@@ -167,31 +183,49 @@ OF_LOGITS: dict[str, Callable[[], dict[str, Any]]] = {
         "top_p": 0.9,
     },
 }
-OF_PREDICTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "apg": lambda: {"guidance": Guidance(5.0, (mitigations.apg(eta=0.0, momentum=-0.5),))},
-    "rescale and a threshold": lambda: {
+OF_PREDICTIONS: dict[str, Options] = {
+    "apg": lambda device: {"guidance": Guidance(5.0, (mitigations.apg(eta=0.0, momentum=-0.5),))},
+    "rescale and a threshold": lambda device: {
         "guidance": Guidance(
             torch.tensor([1.0, 5.0]),
             (mitigations.rescale(0.7), mitigations.dynamic_threshold(limit=2.0)),
         )
     },
-    "zero_init": lambda: {"guidance": Guidance(5.0, (mitigations.zero_init(0.2),))},
+    "perp_neg": lambda device: {
+        "guidance": Guidance(branches.perp_neg(2.0, torch.tensor([0.0, 1.0]).to(device))),
+        "branches": {"negative": "a tiger"},
+    },
+    "tcfg": lambda device: {"guidance": Guidance(5.0, (mitigations.tcfg(),))},
+    "zero_init": lambda device: {"guidance": Guidance(5.0, (mitigations.zero_init(0.2),))},
 }
-OWN: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+OWN: dict[str, dict[str, Options]] = {
     "ar": OF_LOGITS,
     "masked": {
         **OF_LOGITS,
-        "by confidence": lambda: {"reveal": "cosine", "guidance": Guidance(3.0)},
-        "a part of a picture": lambda: {"init_image": IMAGE, "mask": MASK},
+        "by confidence": lambda device: {"reveal": "cosine", "guidance": Guidance(3.0)},
+        "a part of a picture": lambda device: {"init_image": IMAGE, "mask": MASK},
+        "refresh": lambda device: {"refresh": 2, "guidance": Guidance(3.0)},
     },
     "diffusion": {
         **OF_PREDICTIONS,
-        "heun": lambda: {"solver": "heun", "guidance": Guidance(3.0)},
-        "refresh": lambda: {"refresh": 2, "guidance": Guidance(3.0)},
-        "a part of a picture": lambda: {"init_image": IMAGE, "mask": MASK},
+        "cfg_pp": lambda device: {"solver": "cfg_pp", "guidance": Guidance(branches.cfg_pp(0.6))},
+        "frequency_decoupled": lambda device: {
+            "guidance": Guidance(3.0, (mitigations.frequency_decoupled((1.0, 3.0)),))
+        },
+        "a scheduler": lambda device: {"scheduler": DDIMScheduler(), "guidance": Guidance(3.0)},
+        "heun": lambda device: {"solver": "heun", "guidance": Guidance(3.0)},
+        "refresh": lambda device: {"refresh": 2, "guidance": Guidance(3.0)},
+        "a part of a picture": lambda device: {"init_image": IMAGE, "mask": MASK},
     },
     "flow": OF_PREDICTIONS,
-    "hybrid": OF_PREDICTIONS,
+    "hybrid": {
+        **OF_PREDICTIONS,
+        "guided states": lambda device: {"guide_at": "states", "guidance": Guidance(3.0)},
+        "guided states and predictions": lambda device: {
+            "guide_at": "both",
+            "guidance": Guidance(3.0, (mitigations.rescale(0.7),)),
+        },
+    },
 }
 DRAWN = {
     f"{family}: {name}": (family, options)
@@ -200,17 +234,24 @@ DRAWN = {
 }
 
 
-def draw(family: str, options: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
+def draw(family: str, options: Options, device: str) -> dict[str, Any]:
     """What a family draws, and how often it was looked at in 4 and in 8 steps."""
     seen = []
     for steps in (4, 8):
         pipe = pipeline(family=family).to(device)
         own = {} if family == "ar" else {"steps": steps}
-        given = options()
+        given = options(device)
         looks.clear()
         image = pipe.sample(PROMPTS, seeds=SEEDS, **own, **given)
         seen.append(dict(looks))
     return {"out": image.cpu(), "looks": seen}
+
+
+def fresh_noise(device: str) -> dict[str, Any]:
+    cond = torch.tensor([[1, 2, 3], [4, 5, 6]]).to(device)
+    model, guidance = wrapped("diffusion").to(device), Guidance(3.0)
+    out = sample_diffusion(model, cond, seeds=SEEDS, guidance=guidance, steps=4, eta=1.0)
+    return {"out": out.cpu()}
 
 
 def other_hybrid(device: str) -> dict[str, Any]:
@@ -290,16 +331,17 @@ def two_devices(device: str) -> dict[str, Any]:
 
 
 def looked_at(device: str) -> dict[str, Any]:
-    there = torch.arange(3.0).to(device)
+    """A copy to the device, one that nobody waits for, and a look."""
     looks.clear()
-    assert bool((there < 4).all())
-    return {
-        "out": there.cpu(),
-        "looks": {key: n for key, n in looks.items() if n and key == "number"},
-    }
+    there = torch.arange(3.0).to(device)
+    there = there + torch.arange(3.0).to(device, non_blocking=True)
+    assert bool((there < 5).all())
+    counted = {key: n for key, n in looks.items() if n}
+    return {"out": there.cpu(), "looks": counted}
 
 
-OTHERS: dict[str, Callable[[str], dict[str, Any]]] = {
+OTHERS: dict[str, Options] = {
+    "fresh noise in each step": fresh_noise,
     "hybrid in sets of tokens, away from a weaker model": other_hybrid,
     "a pass of training": training,
     "a loop of one's own": in_a_loop,
@@ -310,7 +352,7 @@ OTHERS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
-def report(scenario: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def report(scenario: Options) -> dict[str, Any]:
     """What became of a scenario on the device, beside the CPU."""
     expected = scenario("cpu")
     try:

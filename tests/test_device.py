@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 from device_worker import DRAWN, OTHERS
+from torch.utils import backend_registration
 
 WORKER = Path(__file__).with_name("device_worker.py")
+# torch's decomposition of a matrix waits by itself, and the filter's taps are copied
+WAITING = ("tcfg", "frequency_decoupled", "a scheduler")
+MOST, TOKENS = 12, 16
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch knows no devices that are written in Python",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +39,14 @@ def test_a_device_computes_what_the_cpu_does(found, name):
     assert found[name]["off"] < 1e-4
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [name for name in DRAWN if not name.endswith(WAITING)])
 def test_no_step_waits_for_the_device(found, name):
-    """Twice as many steps look no more often; to choose tokens of a masked model is to wait for how many there are."""
-    few, many = found[name]["looks"]
-    few.pop("selection", None), many.pop("selection", None)
-    assert few == many and sum(few.values()) <= 5, (few, many)
+    """Twice as many steps wait no more often; to choose tokens of a masked model is to wait for how many they are."""
+    four, eight = found[name]["looks"]
+    if name.startswith("masked"):
+        assert eight.pop("selection") - four.pop("selection") <= 4 * 4
+    # the tokens of ar are as many in both, and more than are waited for
+    assert four == eight and sum(four.values()) <= MOST < TOKENS, (four, eight)
 
 
 def test_the_pretended_device_refuses_what_a_gpu_refuses(found):
@@ -45,7 +56,10 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(found):
         "expected all tensors to be on the same device: embedding",
         "",
     ]
-    assert found["a number is looked at"]["looks"] == {"number": 1}
+
+
+def test_the_pretended_device_counts_who_waits(found):
+    assert found["a number is looked at"]["looks"] == {"number": 1, "moved to the device": 1}
 
 
 def test_scales_on_another_device_are_refused(found):

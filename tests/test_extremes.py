@@ -10,8 +10,15 @@ import torch
 from tiny import FAMILIES, network, pipeline, wrapped
 
 from models import TextToImage
-from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
-from unicfg.guidance import mitigations, schedules
+from unicfg import (
+    Branch,
+    Guidance,
+    sample_autoregressive,
+    sample_diffusion,
+    sample_hybrid,
+    sample_masked,
+)
+from unicfg.guidance import branches, mitigations, schedules
 from unicfg.guidance.spaces import Level
 from unicfg.sampling import Uncached, paths
 from unicfg.sampling.masked import REVEALS
@@ -402,7 +409,7 @@ def test_a_mitigation_is_blamed_for_its_own_nan(device, monkeypatch):
     ):
         with pytest.raises(FloatingPointError, match=wanted):
             sample(wrapped(family), COND, seeds=SEEDS, guidance=guidance)
-    with pytest.raises(FloatingPointError, match=r"token 0: .*samples \[1\]"):
+    with pytest.raises(FloatingPointError, match=r"token 0.*samples \[1\]"):
         sample_hybrid(wrapped("hybrid"), COND, seeds=SEEDS, guidance=guidance, steps=2)
 
 
@@ -417,7 +424,10 @@ def test_a_head_that_carries_latents_too_far_is_found(device, monkeypatch):
         for linear in (model.model.head.inputs, model.model.head.outputs):
             linear.weight.zero_()
         model.model.head.outputs.bias.fill_(torch.finfo(torch.float32).max)
-    with pytest.raises(FloatingPointError, match=r"token 0: the latents are not finite.*samples"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the latents are not finite after the last step of token 0.*samples",
+    ):
         sample_hybrid(model, COND, seeds=SEEDS, steps=1, temperature=5e37)
 
 
@@ -510,3 +520,104 @@ def cases(family):
         own += [{"steps": 8, "refresh": 2}, {"steps": 1}]
         reined = [Guidance(s, (m,)) for s in ends for m in DENOISING]
     return [*itertools.product(plain, own), *itertools.product(reined, own[:1])]
+
+
+# on a device that is looked at later
+
+
+SAMPLERS = {
+    "ar": sample_autoregressive,
+    "masked": sample_masked,
+    "diffusion": sample_diffusion,
+    "flow": sample_diffusion,
+    "hybrid": sample_hybrid,
+}
+
+
+@pytest.fixture
+def looking_later(monkeypatch):
+    """As on a GPU, where numbers are looked at when it is told that they are needed."""
+    for place in ("autoregressive", "masked", "diffusion", "hybrid"):
+        monkeypatch.setattr(
+            f"unicfg.sampling.{place}.Watch", lambda _, *rule: Watch(torch.device("cuda"), *rule)
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_callback_is_told_nothing_unsound_on_a_device(family, looking_later):
+    model, told = wrapped(family), []
+    parameters = list(model.model.parameters())
+    with torch.no_grad():
+        parameters[-1].fill_(math.nan)
+    sample = SAMPLERS[family]
+    with pytest.raises(FloatingPointError, match=r"(token|step) 0"):
+        sample(model, COND, seeds=SEEDS, guidance=Guidance(2.0), callback=told.append)
+    assert not told
+
+
+def test_the_callback_of_a_head_is_told_nothing_unsound_on_a_device(looking_later):
+    model, told = wrapped("hybrid"), []
+    with torch.no_grad():
+        model.model.head.outputs.bias.fill_(math.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"step 0 of token 0, in the branches \['cond', 'uncond'\]|'cond'"
+    ):
+        sample_hybrid(
+            model, COND, seeds=SEEDS, guidance=Guidance(2.0), steps=2, head_callback=told.append
+        )
+    assert not told
+
+
+def test_what_mitigations_hide_is_found_on_a_device(looking_later):
+    """The threshold would make latents of any size fit again."""
+    model = wrapped("hybrid", path="straight", space="flow")
+    with torch.no_grad():
+        model.model.head.outputs.bias.fill_(math.inf)
+    guidance = Guidance(3.0, (mitigations.static_threshold(3.0),))
+    with pytest.raises(
+        FloatingPointError, match="the model's output is not finite at step 0 of token 0"
+    ):
+        sample_hybrid(model, COND, seeds=SEEDS, guidance=guidance, steps=2)
+
+
+def test_guidance_is_blamed_for_what_it_made_on_a_device(looking_later):
+    """The squares of perp_neg overflow where the outputs do not; the latents of the next step are not to blame."""
+
+    def denoise(x, cond, t):
+        return 1e25 * cond[:, :1].float() * torch.ones_like(x)
+
+    with pytest.raises(FloatingPointError, match="the guided output is not finite at step 0"):
+        sample_diffusion(
+            denoise,
+            COND,
+            uncond=torch.tensor([2, 2, 2]),
+            seeds=SEEDS,
+            shape=(2,),
+            path=paths.cosine(),
+            space="eps",
+            guidance=Guidance(branches.perp_neg(2.0, 1.0)),
+            branches={"negative": Branch(cond=torch.tensor([9, 9, 9]))},
+            steps=2,
+        )
+
+
+def test_a_model_that_refuses_nan_is_not_blamed_on_a_device(looking_later):
+    def denoise(x, cond, t):
+        if not bool(x.isfinite().all()):
+            raise ValueError("x holds NaN")
+        return torch.full_like(x, -3e38)
+
+    with pytest.raises(FloatingPointError, match=r"the latents are not finite before step [1-9]"):
+        sample_diffusion(
+            denoise, COND, seeds=SEEDS, shape=(2,), path=paths.cosine(), space="eps", steps=4
+        )
+
+
+def test_a_token_that_cannot_be_drawn_is_found_on_a_device(looking_later):
+    def masks_all(guided, cond_out, uncond_out):
+        return torch.full_like(guided, -math.inf)
+
+    guidance = Guidance(3.0, (masks_all,))
+    for family, sample in (("ar", sample_autoregressive), ("masked", sample_masked)):
+        with pytest.raises(FloatingPointError, match=r"no token.* can be drawn.*samples \[0, 1\]"):
+            sample(wrapped(family), COND, seeds=SEEDS, guidance=guidance)

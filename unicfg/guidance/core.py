@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -101,13 +101,12 @@ def _guided(cond_out: Tensor, uncond_out: Tensor, s: Scale) -> Tensor:
 
     most = torch.finfo(precise).max
     s = (
-        s.double().clamp(-most, most).to(cond.device, precise)
+        _beside(s.double().clamp(-most, most), cond)
         if isinstance(s, Tensor)
         else max(-most, min(s, most))
     )
-    if (
-        cond.device.type == "cpu" and cond.numel()
-    ):  # elsewhere looking at the result would stall the device
+    # elsewhere looking at the result would stall the device
+    if cond.device.type == "cpu" and cond.numel():
         out = _line(cond, uncond, s)
         # one number that is finite only if all are; where rounding follows, all must be small enough for it too
         shown = out.sum() if out.dtype == cond_out.dtype else out.abs().amax()
@@ -191,7 +190,8 @@ def mix(outputs: Sequence[Tensor], weights: Sequence[Scale]) -> Tensor:
     for out, scale in zip(outputs, scales, strict=True):
         wide = out.to(precise).expand_as(base)
         wide = torch.where(wide.isneginf() | masked, base, wide).clamp(-most, most)
-        total = total + (_rounded(scale, base) * (wide - base)).clamp(-most, most)
+        scale = _beside(scale, base) if isinstance(scale, Tensor) else scale
+        total = total + (scale * (wide - base)).clamp(-most, most)
     limits = torch.finfo(first.dtype)
     return total.clamp(limits.min, limits.max).masked_fill(masked, -math.inf).to(first.dtype)
 
@@ -205,13 +205,15 @@ def _anchor(outputs: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
         ):  # looked at where the weights are, which is the host unless they came from elsewhere
             break
         weighed = torch.as_tensor(scale != 0, device=chosen.device)
-        base = torch.where((~chosen & weighed).to(out.device), out.expand_as(base), base)
+        here = (~chosen & weighed).to(out.device, non_blocking=True)
+        base = torch.where(here, out.expand_as(base), base)
         chosen = chosen | weighed
     return base
 
 
-def _rounded(scale: Scale, like: Tensor) -> Scale:
-    return scale.to(like) if isinstance(scale, Tensor) else scale
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """Values in the dtype and on the device of ``like``, which nobody waits for: they are few."""
+    return values.to(like, non_blocking=True)
 
 
 def _check_outputs(cond_out: Tensor, uncond_out: Tensor) -> None:
@@ -383,8 +385,9 @@ class Guidance:
         return replace(self, scale=self.scale_at(progress) if fixed is None else fixed)
 
     def begin(self, space: str) -> Guidance:
-        """The guidance of one sampling: mitigations that remember earlier steps start anew.
+        """The guidance of one sampling: mitigations that remember earlier steps start anew, scales are on the host.
 
+        Each step asks the scales which branches it needs, which on a GPU would be to wait for it.
         Samplers call this before their first step; so does a loop of your own, if a mitigation has momentum.
 
         Args:
@@ -408,9 +411,7 @@ class Guidance:
                     )
                 )
         fresh = (m.begin() if hasattr(m, "begin") else m for m in self.mitigations)
-        # each step asks the scale which branches it needs, which on a GPU is to wait for it
-        scale = self.scale.cpu() if isinstance(self.scale, Tensor) else self.scale
-        return replace(self, scale=scale, mitigations=tuple(fresh))
+        return replace(self, scale=_on_host(self.scale), mitigations=tuple(fresh))
 
     def combine(
         self,
@@ -477,7 +478,9 @@ class Guidance:
         # a sample that needs one branch only is the same beside others as it is by itself
         alone = self._alone_at(progress)
         if alone is not None:
-            mitigated = torch.where(_of_samples(alone.to(first.device), first), guided, mitigated)
+            mitigated = torch.where(
+                _of_samples(alone.to(first.device, non_blocking=True), first), guided, mitigated
+            )
         return to_dtype(mitigated, first.dtype)
 
     def still_at(self, progress: float) -> Tensor | None:
@@ -505,7 +508,23 @@ class Guidance:
             return self._combination.combine(progress, outputs)
         s = self.scale_at(progress)
         cond_out, uncond_out = outputs["cond"], outputs["uncond"]
-        return mix([cond_out, uncond_out], [s, 1.0 - s])
+        _check_outputs(cond_out, uncond_out)
+        return _guided(cond_out, uncond_out, _check_scale(s, cond_out))
+
+
+def _on_host(scale: Any) -> Any:
+    """A scale, a schedule or weights of branches with their tensors on the CPU; itself where they are."""
+    if isinstance(scale, Tensor):
+        return scale.cpu()
+    if isinstance(scale, tuple):
+        moved = tuple(_on_host(entry) for entry in scale)
+        return scale if all(a is b for a, b in zip(moved, scale, strict=True)) else moved
+    if not is_dataclass(scale) or isinstance(scale, type):
+        return scale
+    own = {field.name: getattr(scale, field.name) for field in fields(scale) if field.init}
+    changes = {name: _on_host(value) for name, value in own.items()}
+    changes = {name: value for name, value in changes.items() if value is not own[name]}
+    return replace(scale, **changes) if changes else scale
 
 
 def _other_end(guided: Tensor, cond_out: Tensor, weight: Scale) -> Tensor:
@@ -513,7 +532,7 @@ def _other_end(guided: Tensor, cond_out: Tensor, weight: Scale) -> Tensor:
 
     Where the others' weights add up to 0 there is no mean, and it is as if the weight of the condition were 2.
     """
-    w = torch.as_tensor(weight, dtype=cond_out.dtype, device=cond_out.device)
+    w = _beside(torch.as_tensor(weight, dtype=cond_out.dtype), cond_out)
     beyond = torch.where((w - 1).abs() > 1e-6, w - 1, 1.0)
     step = (guided - cond_out) / _of_samples(beyond, cond_out)
     return torch.where(step.isfinite(), cond_out - step, cond_out)

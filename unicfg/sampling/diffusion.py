@@ -177,8 +177,9 @@ def _evaluation(
             watch.see_latents(x, where)
         try:
             guided = guided_pass(progress, f"step {index}", x, t=t, level=level)
-        except FloatingPointError:
+        except Exception:
             watch.see_latents(x, where)  # the model is not to blame for what it was given
+            watch.finish()
             raise
         if guided.out.shape != x.shape:
             raise ValueError(

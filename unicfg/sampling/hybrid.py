@@ -42,7 +42,7 @@ from unicfg.sampling.solvers import (
     step_weights,
     time_grid,
 )
-from unicfg.sampling.soundness import CHECK_LATENTS, LATENTS, Watch, require_sound
+from unicfg.sampling.soundness import LATENTS, Watch
 from unicfg.training.dropout import ConditionDropout
 
 Denoise = Callable[[Tensor], Tensor]
@@ -242,9 +242,6 @@ def sample_hybrid(
         turns = _masked_turns(groups, guidance, progresses, latents, known, edges, sources)
     for turn in turns:
         drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
-        if not watch.at_once:  # where the head did not look
-            what = f"token {turn.index}: the latents are not finite"
-            watch.see(what, LATENTS.samples(drawn), CHECK_LATENTS)
         latents.scatter_(1, _wide(turn.places, channels), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
@@ -380,20 +377,21 @@ class _Head:
         """Latents (B, k, C) for noise (B, k, C)."""
         # the schedule runs over the tokens, so within one token the scale stands still
         guidance, states = self.guidance.fixed_at(turn.progress), turn.states
+        token = f"token {turn.index}"
         if self.guide_at != "head":
             # mitigations are for predictions; hidden states have no space
             plain = replace(guidance, mitigations=())
-            extrapolated = combine(plain, 0.0, states, f"token {turn.index}").out
+            extrapolated = combine(plain, 0.0, states, token, watch=self.watch).out
             states = {**states, "cond": extrapolated}
             if self.guide_at == "states":
                 guidance = Guidance(1.0)
         needed = guidance.branches_at(0.0)
         x = noise * self.denoiser.path.coefficients(self.times)[1][0]
         drawn = self._walk(guidance, needed, states, x)
-        try:
-            return self._steps(guidance, needed, states, x) if drawn is None else drawn
-        except FloatingPointError as error:
-            raise FloatingPointError(f"token {turn.index}: {error}") from None
+        if drawn is None:
+            drawn = self._steps(guidance, needed, states, x, token)
+        self.watch.see_latents(drawn, f"after the last step of {token}")
+        return drawn
 
     def _walk(
         self, guidance: Guidance, needed: tuple[str, ...], states: Mapping[str, Tensor], x: Tensor
@@ -415,7 +413,12 @@ class _Head:
         return drawn.view(x.shape)
 
     def _steps(
-        self, guidance: Guidance, needed: tuple[str, ...], states: Mapping[str, Tensor], x: Tensor
+        self,
+        guidance: Guidance,
+        needed: tuple[str, ...],
+        states: Mapping[str, Tensor],
+        x: Tensor,
+        token: str,
     ) -> Tensor:
         """One step after another."""
         passes = []
@@ -429,6 +432,7 @@ class _Head:
         scale = guidance.scale_at(0.0)
         running = guidance.begin(space)  # each token is denoised by itself: nothing is carried over
         plain_scale = _plain_scale(running, needed, x)
+        watch, told = self.watch, self.callback is not None
 
         def evaluate(index: int, progress: float, x: Tensor, t: float) -> Guided:
             # called for every step of every token: the common case takes the shortest way
@@ -437,9 +441,9 @@ class _Head:
                 cond_out, uncond_out = both.chunk(2)
                 out = guide_unchecked(cond_out, uncond_out, plain_scale)
                 outputs = {"cond": cond_out, "uncond": uncond_out}
-                if self.watch.at_once and LATENTS.broken(out):
+                if (watch.at_once or told) and LATENTS.broken(out):
                     out = guide(cond_out, uncond_out, plain_scale)
-                    require_sound(LATENTS, outputs, out, f"step {index}")
+                    look(outputs, out, index)
                 return Guided(out, scale, outputs)
             outputs = {}
             for names, denoisers in passes:
@@ -447,14 +451,19 @@ class _Head:
                 outputs.update(zip(names, rows.chunk(len(names)), strict=True))
             level = Level(x, *self.levels[index], space) if running.mitigations else None
             out = running.combine_branches(progress, outputs, level)
-            if self.watch.at_once:
-                require_sound(LATENTS, outputs, out, f"step {index}")
+            # without mitigations, which hide what they are given, what is not finite reaches the latents
+            if watch.at_once or told or running.mitigations:
+                look(outputs, out, index)
             return Guided(out, scale, outputs, running.still_at(progress))
 
-        drawn = integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
-        if self.watch.at_once:
-            self.watch.see_latents(drawn, "after the last step of the head")
-        return drawn
+        def look(outputs: Mapping[str, Tensor], out: Tensor, index: int) -> None:
+            step = f"step {index} of {token}"
+            watch.see_outputs(outputs, step)
+            watch.see_guided(out, step)
+            if told:
+                watch.finish()
+
+        return integrate(evaluate, x, self.times, path, space, self.solver, callback=self.callback)
 
 
 def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> Scale | None:
@@ -463,7 +472,8 @@ def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> S
     if guidance.mitigations or needed != ("cond", "uncond") or like.dtype != torch.float32:
         return None
     if isinstance(scale, Tensor):
-        return scale.to(like).view(-1, *[1] * (like.ndim - 1)) if scale.ndim else scale.to(like)
+        scale = scale.to(like, non_blocking=True)
+        return scale.view(-1, *[1] * (like.ndim - 1)) if scale.ndim else scale
     return float(scale) if isinstance(scale, (int, float)) else None
 
 

@@ -164,7 +164,7 @@ def sample_masked(
     places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
-        noise = uniform(sources, (2, network.num_tokens)).to(cond.device)
+        noise = uniform(sources, (2, network.num_tokens)).to(cond.device, non_blocking=True)
         if not busy[index] and not run.is_fresh:
             run.pass_over()
             continue

@@ -100,8 +100,8 @@ def integrate(
     alike, and a schedule does not lower the order that the solver has on a given velocity field.
 
     Args:
-        evaluate: ``(index, progress, x (R, ...), t) -> Guided``; ``index`` is that of the grid point. It lets nothing
-            through that is not finite, see ``soundness.LATENTS``.
+        evaluate: ``(index, progress, x (R, ...), t) -> Guided``; ``index`` is that of the grid point. What is
+            not finite is its to find, see ``soundness.Watch``.
         x: noisy samples (R, ...) at ``times[0]``, of any number of dimensions.
         times: float64 (N + 1,), falling, in [0, 1].
         path: gives alpha and sigma at each time.
@@ -165,7 +165,8 @@ class Prediction:
         still = self.guided.still
         if still is None:
             return values
-        return values.masked_fill(still.to(values.device).view(-1, *[1] * (values.ndim - 1)), 0.0)
+        here = still.to(values.device, non_blocking=True)
+        return values.masked_fill(here.view(-1, *[1] * (values.ndim - 1)), 0.0)
 
     @property
     def x0(self) -> Tensor:
@@ -248,7 +249,7 @@ def _ddim(
     # ratio' / ratio without a division by alpha, which may be 0 at the start
     kept = sigma * walk.alpha[i] / (alpha * walk.sigma[i])
     fresh = eta * sigma * (1 - kept.square()).clamp(min=0).sqrt()
-    noise = normal(sources, tuple(now.x.shape[1:])).to(now.x)
+    noise = normal(sources, tuple(now.x.shape[1:])).to(now.x, non_blocking=True)
     return alpha * now.x0 + (sigma.square() - fresh.square()).sqrt() * now.eps + fresh * noise
 
 

@@ -32,27 +32,29 @@ class Rule:
     samples: Callable[[Tensor], Tensor]
 
 
-def _exceeds(out: Tensor) -> bool:
+def _nan_or_inf(out: Tensor) -> bool:
     return out.numel() > 0 and not bool(out.amax() < math.inf)  # the largest is NaN if any is
 
 
-def _exceeding(out: Tensor) -> Tensor:
+def _samples_with_nan_or_inf(out: Tensor) -> Tensor:
+    if not out.numel():
+        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
     return ~(out.reshape(len(out), -1).amax(1) < math.inf)
 
 
-def _is_infinite(out: Tensor) -> bool:
+def _not_finite(out: Tensor) -> bool:
     # where the sum is finite, all are
     return not (math.isfinite(float(out.sum())) or bool(out.isfinite().all()))
 
 
-def _infinite(out: Tensor) -> Tensor:
+def _samples_not_finite(out: Tensor) -> Tensor:
     return ~out.isfinite().reshape(len(out), -1).all(1)
 
 
-LOGITS = Rule("holds NaN or +inf", _exceeds, _exceeding)
-"""Before they are guided, which saturates +inf; -inf masks a token and is let through."""
+LOGITS = Rule("holds NaN or +inf", _nan_or_inf, _samples_with_nan_or_inf)
+"""Of logits: -inf masks a token and is let through."""
 
-LATENTS = Rule("is not finite", _is_infinite, _infinite)
+LATENTS = Rule("is not finite", _not_finite, _samples_not_finite)
 """Of latents and of predictions for them, where no infinity means anything."""
 
 
@@ -62,45 +64,56 @@ class Watch:
     To look at a number on a GPU is to wait for it, and for all that was asked of it before.
 
     Args:
-        device: of the numbers.
+        device: of the numbers; None looks at once wherever they are.
         rule: what the model's outputs may not hold.
     """
 
-    def __init__(self, device: torch.device, rule: Rule = LOGITS) -> None:
-        self.rule, self.at_once = rule, device.type == "cpu"
+    def __init__(self, device: torch.device | None = None, rule: Rule = LOGITS) -> None:
+        self.rule, self.at_once = rule, device is None or device.type == "cpu"
         self._seen: list[tuple[str, str, Tensor]] = []
 
     def see(self, what: str, broken: Tensor, advice: str) -> None:
-        """Note what is wrong in the samples where ``broken``, bool (B,), is true, and what to do about it.
+        """Look, or note to look later, whether something is wrong.
+
+        Args:
+            what: is wrong, and at which step.
+            broken: the samples in which it is, bool (B,).
+            advice: what to do about it.
 
         Raises:
-            FloatingPointError: if it is true in some, and is looked at.
+            FloatingPointError: if it is in some, and is looked at.
         """
         self._seen.append((what, advice, broken))
         if self.at_once:
             self.finish()
 
     def see_outputs(self, outputs: Mapping[str, Tensor], step: str) -> None:
-        """Note where the outputs (B, ...) of some branches are unsound.
+        """:meth:`see` the outputs (B, ...) of branches, before they are guided: guidance saturates +inf.
 
         Raises:
-            FloatingPointError: see :meth:`see`.
+            FloatingPointError: see :meth:`see`; looking at once it names all branches that are unsound.
         """
-        for name, out in outputs.items():
-            what = f"the model's output {self.rule.trouble} at {step}, in the branches {[name]}"
-            self.see(what, self.rule.samples(out), CHECK_MODEL)
+        if not self.at_once:
+            for name, out in outputs.items():
+                self.see(self._of_branches([name], step), self.rule.samples(out), CHECK_MODEL)
+        elif any(self.rule.broken(out) for out in outputs.values()):
+            each = {name: places_of(self.rule.samples(out)) for name, out in outputs.items()}
+            broken = [name for name, samples in each.items() if samples]
+            samples = sorted({i for of_branch in each.values() for i in of_branch})
+            raise unsound(self._of_branches(broken, step), samples, CHECK_MODEL)
 
     def see_guided(self, out: Tensor, step: str) -> None:
-        """Note where a guided output (B, ...) is unsound though those of its branches are not.
+        """:meth:`see` a guided output (B, ...), after those of its branches.
 
         Raises:
             FloatingPointError: see :meth:`see`.
         """
-        what = f"the guided output {self.rule.trouble} at {step}"
-        self.see(what, self.rule.samples(out), CHECK_GUIDANCE)
+        if not self.at_once or self.rule.broken(out):
+            what = f"the guided output {self.rule.trouble} at {step}, where those of its branches are sound"
+            self.see(what, self.rule.samples(out), CHECK_GUIDANCE)
 
     def see_latents(self, latents: Tensor, where: str) -> None:
-        """Note where latents (B, ...) were carried beyond what a float holds.
+        """:meth:`see` whether finite outputs have carried latents (B, ...) beyond what a float holds.
 
         Args:
             latents: (B, ...).
@@ -126,6 +139,9 @@ class Watch:
             if any(of_samples):
                 raise unsound(what, [i for i, broken in enumerate(of_samples) if broken], advice)
 
+    def _of_branches(self, names: list[str], step: str) -> str:
+        return f"the model's output {self.rule.trouble} at {step}, in the branches {names}"
+
 
 def unsound(what: str, samples: Sequence[int], advice: str) -> FloatingPointError:
     """The error of every sampler for numbers that it cannot go on with.
@@ -136,37 +152,6 @@ def unsound(what: str, samples: Sequence[int], advice: str) -> FloatingPointErro
         advice: what to do.
     """
     return FloatingPointError(f"{what}, of the samples {list(samples)}: {advice}")
-
-
-def unsound_output(
-    rule: Rule, outputs: Mapping[str, Tensor], guided: Tensor | None, step: str
-) -> FloatingPointError:
-    """:func:`unsound` for the outputs of one step, of which some are.
-
-    Args:
-        rule: that they break.
-        outputs: of each branch (B, ...).
-        guided: the guided output (B, ...), which is to blame if they are sound; None if there is none yet.
-        step: what to call the step.
-    """
-    each = {name: places_of(rule.samples(out)) for name, out in outputs.items()}
-    broken = {name: samples for name, samples in each.items() if samples}
-    if not broken and guided is not None:
-        what = f"the guided output {rule.trouble} at {step}, where those of its branches are sound"
-        return unsound(what, places_of(rule.samples(guided)), CHECK_GUIDANCE)
-    samples = sorted({i for of_branch in broken.values() for i in of_branch})
-    what = f"the model's output {rule.trouble} at {step}, in the branches {list(broken)}"
-    return unsound(what, samples, CHECK_MODEL)
-
-
-def require_sound(rule: Rule, outputs: Mapping[str, Tensor], guided: Tensor, step: str) -> None:
-    """Refuse a step of which an output is unsound; the branches count, for guidance saturates what it is given.
-
-    Raises:
-        FloatingPointError: see :func:`unsound_output`.
-    """
-    if any(rule.broken(out) for out in (*outputs.values(), guided)):
-        raise unsound_output(rule, outputs, guided, step)
 
 
 def places_of(flags: Tensor) -> list[int]:

@@ -35,6 +35,7 @@ from unicfg.sampling.branches import (
     network_and_null,
 )
 from unicfg.sampling.masked import masked_share
+from unicfg.sampling.soundness import LATENTS, LOGITS, Watch
 
 # any scale above 1 makes a pipeline double its rows; the halves that it then combines are equal
 _DOUBLING = 2.0
@@ -274,9 +275,11 @@ class _GuidedNetwork:
                 # of the condition, where it was run
                 variance = rest.chunk(len(names))[names.index("cond") if "cond" in names else 0]
         level = None
-        if self.layout.predicts == "latents" and needs_level(self.guidance):
+        of_latents = self.layout.predicts == "latents"
+        if of_latents and needs_level(self.guidance):
             level = self.timetable.level(index, x, self.space)
-        guided = combine(self.guidance, progress, outputs, f"step {index}", level).out
+        watch = Watch(rule=LATENTS if of_latents else LOGITS)
+        guided = combine(self.guidance, progress, outputs, f"step {index}", level, watch).out
         whole = self._joined(guided, variance)
         return _replaced(result, torch.cat([whole, whole]))
 

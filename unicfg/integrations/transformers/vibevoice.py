@@ -31,6 +31,7 @@ from unicfg.sampling.branches import (
     require,
 )
 from unicfg.sampling.randomness import check_seeds, generators, normal
+from unicfg.sampling.soundness import LATENTS, Watch
 
 Head = Callable[..., Tensor]
 
@@ -106,7 +107,9 @@ def guided_latents(
         out = head(rows, timestep.repeat(len(rows)).to(rows), condition=conditions)
         outputs = dict(zip(names, out.split(len(x)), strict=True))
         level = timetable.level(i, x, space) if needs_level(guidance) else None
-        guided = combine(guidance, progress, outputs, f"denoising step {i}", level)
+        guided = combine(
+            guidance, progress, outputs, f"denoising step {i}", level, Watch(rule=LATENTS)
+        )
         x = scheduler.step(guided.out, timestep, x, **extra).prev_sample
     return x
 
