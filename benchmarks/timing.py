@@ -36,6 +36,7 @@ class Group:
         ratios: (name, of, against, wanted): how many times as fast the case ``of`` is as ``against``, and the bar.
         bytes_read: that a case cannot do without reading from memory.
         operations: multiplications and additions that a case cannot do without.
+        steps: of a case; where they are given, the table has what one takes, and the units a second.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Group:
     ratios: tuple[tuple[str, str, str, str], ...] = ()
     bytes_read: dict[str, float] = field(default_factory=dict)
     operations: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
 
 
 def measure(cases: Mapping[str, Case], rounds: int) -> dict[str, list[float]]:
@@ -160,12 +162,11 @@ def table(
 ) -> list[str]:
     """Markdown: milliseconds with their range, share of the ceiling, and the ratios that are asked for."""
     unit, count = group.per
-    lines = [
-        f"## {group.title}",
-        "",
-        f"| case | ms per {unit}, median (range) | share of the ceiling |",
-        "|---|--:|--:|",
-    ]
+    heads = [f"ms per {unit}, median (range)"]
+    heads += ["steps", "us per step", f"{unit}s a second"] if group.steps else []
+    heads += ["share of the ceiling"] if group.bytes_read or group.operations else []
+    lines = [f"## {group.title}", "", f"| case | {' | '.join(heads)} |"]
+    lines.append("|---|" + "--:|" * len(heads))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         low, middle, high = (1000 * v / count for v in (min(values), medians[name], max(values)))
@@ -173,8 +174,13 @@ def table(
             group.bytes_read.get(name, 0.0) / limits["bytes"],
             group.operations.get(name, 0.0) / limits["operations"],
         )
-        share = f"{100 * floor / medians[name]:.0f} %" if floor else "-"
-        lines.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {share} |")
+        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+        if group.steps:
+            steps = group.steps[name]
+            cells += [f"{steps}", f"{1e6 * medians[name] / steps:.0f}", f"{1000 / middle:.4g}"]
+        if group.bytes_read or group.operations:
+            cells.append(f"{100 * floor / medians[name]:.0f} %" if floor else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     if group.ratios:
         lines += ["", "| ratio | measured | wanted |", "|---|--:|--:|"]
     for name, of, against, wanted in group.ratios:

@@ -251,6 +251,8 @@ class KVCache:
         length: image tokens held so far, between 0 and L.
         network: the network to decode with; see ``models.packed``.
         compiled: its compiled step, see ``models.compiled``, or None.
+        numbers: 0 to L - 1 on the device, by which that step is told its place.
+        lease: of memory that others use before and after, see ``models.recorded``.
     """
 
     keys: tuple[Tensor, ...]
@@ -259,6 +261,8 @@ class KVCache:
     length: int
     network: nn.Module
     compiled: Any = None
+    numbers: Tensor | None = None
+    lease: Any = None
 
     @property
     def num_rows(self) -> int:

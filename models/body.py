@@ -19,7 +19,9 @@ from models.blocks import (
     encode_prefix,
 )
 from models.compiled import compiled_method
+from models.fused import can_fuse, run_blocks
 from models.packed import pack
+from models.recorded import RecordedMethod
 from tokenizers_vq.files import FORMAT_VERSION, check_counts, check_format_version
 
 # far beyond what anyone trains: larger numbers are a damaged or a hostile file
@@ -136,14 +138,20 @@ class Body(nn.Module):
         weight = self.prefix.position
         width = weight.shape[1]
         places = self.prefix.length + self.num_tokens
-        shape = (rows, self.heads, places, width // self.heads)
-        # the compiled step looks at all places and masks those that are not filled yet: what they hold must be finite
-        make = weight.new_zeros if compile else weight.new_empty
-        keys, values = (tuple(make(shape) for _ in self.blocks) for _ in range(2))
+        shape, count = (rows, self.heads, places, width // self.heads), 2 * len(self.blocks)
         step = compiled_method(network, "step") if compile else None
-        usable = step is not None and not step.failed
-        runs = network if usable else pack(network)  # the step has its own
-        return KVCache(keys, values, self.prefix.length, 0, runs, step if usable else None)
+        if step is None or step.failed:
+            held = [weight.new_empty(shape) for _ in range(count)]
+            return KVCache(*_halves(held), self.prefix.length, 0, pack(network))
+        lease = None
+        if isinstance(step, RecordedMethod):
+            held, lease = step.take(count, shape, weight)
+        else:  # it looks at all places and masks those that are not filled yet: what they hold must be finite
+            held = [weight.new_zeros(shape) for _ in range(count)]
+        # all at once: a number that goes to a GPU by itself is waited for
+        numbers = torch.arange(self.num_tokens, device=weight.device)
+        # the step packs the network by itself
+        return KVCache(*_halves(held), self.prefix.length, 0, network, step, numbers, lease)
 
     def prefill(self, cond: Tensor, cache: KVCache) -> None:
         """Run the condition (R, T), or one condition (1, T) for all rows, into an empty cache.
@@ -206,8 +214,8 @@ class Body(nn.Module):
         previous = known[:, -1] if count else known.new_zeros(len(known), *known.shape[2:])
         # a column of all tokens so far has their number as its stride, which is a shape to the compiler
         previous = previous.clone(memory_format=torch.contiguous_format)
-        place = torch.tensor(count, device=known.device)
-        out: Tensor | None = step(previous, place, cache.keys, cache.values)
+        assert cache.numbers is not None
+        out: Tensor | None = step(previous, cache.numbers[count], cache.keys, cache.values)
         if out is not None:
             cache.length += 1
         return out
@@ -232,8 +240,14 @@ class Body(nn.Module):
         Returns:
             (R, D).
         """
-        x = torch.where(place == 0, start, embedded)[:, None]
+        x = torch.where(place == 0, start, embedded)
         x = x + self.positions().index_select(0, place[None])
+        if x.is_cuda and can_fuse(self.blocks):
+            hidden: Tensor = self.norm(
+                run_blocks(self.blocks, x, place, keys, values, self.prefix.length)
+            )
+            return hidden
+        x = x[:, None]
         slot = (self.prefix.length + place)[None]
         # masked, not cut off: the shapes stay
         seen = torch.arange(keys[0].shape[2], device=place.device) <= slot
@@ -249,8 +263,13 @@ class Body(nn.Module):
                 return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
 
             x = block(x, attend)
-        hidden: Tensor = self.norm(x[:, 0])
+        hidden = self.norm(x[:, 0])
         return hidden
+
+
+def _halves(held: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values."""
+    return tuple(held[::2]), tuple(held[1::2])
 
 
 def previous_tokens(start: Tensor, embedded: Tensor, positions: Tensor, first: int) -> Tensor:

@@ -24,22 +24,24 @@ class Rule:
     Attributes:
         trouble: what an error says of outputs that do.
         broken: whether outputs of any shape do, by one operation over all that are sound.
-        samples: which samples of (B, ...) do, bool (B,).
+        peaks: of each sample of (B, ...) a number (B,), by one operation, that is NaN or +inf where it does.
     """
 
     trouble: str
     broken: Callable[[Tensor], bool]
-    samples: Callable[[Tensor], Tensor]
+    peaks: Callable[[Tensor], Tensor]
+
+    def samples(self, out: Tensor) -> Tensor:
+        """Which samples of (B, ...) do, bool (B,)."""
+        return ~(self.peaks(out) < math.inf)
 
 
 def _nan_or_inf(out: Tensor) -> bool:
     return out.numel() > 0 and not bool(out.amax() < math.inf)  # the largest is NaN if any is
 
 
-def _samples_with_nan_or_inf(out: Tensor) -> Tensor:
-    if not out.numel():
-        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
-    return ~(out.reshape(len(out), -1).amax(1) < math.inf)
+def _largest(out: Tensor) -> Tensor:
+    return out.reshape(len(out), -1).amax(1) if out.numel() else out.new_zeros(len(out))
 
 
 def _not_finite(out: Tensor) -> bool:
@@ -47,14 +49,14 @@ def _not_finite(out: Tensor) -> bool:
     return not (math.isfinite(float(out.sum())) or bool(out.isfinite().all()))
 
 
-def _samples_not_finite(out: Tensor) -> Tensor:
-    return ~out.isfinite().reshape(len(out), -1).all(1)
+def _farthest_from_0(out: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(out.reshape(len(out), -1), math.inf, dim=1)
 
 
-LOGITS = Rule("holds NaN or +inf", _nan_or_inf, _samples_with_nan_or_inf)
+LOGITS = Rule("holds NaN or +inf", _nan_or_inf, _largest)
 """Of logits: -inf masks a token and is let through."""
 
-LATENTS = Rule("is not finite", _not_finite, _samples_not_finite)
+LATENTS = Rule("is not finite", _not_finite, _farthest_from_0)
 """Of latents and of predictions for them, where no infinity means anything."""
 
 
@@ -77,7 +79,7 @@ class Watch:
 
         Args:
             what: is wrong, and at which step.
-            broken: the samples in which it is, bool (B,).
+            broken: the samples in which it is, bool (B,), or numbers (B,) that are NaN or +inf there.
             advice: what to do about it.
 
         Raises:
@@ -95,7 +97,7 @@ class Watch:
         """
         if not self.at_once:
             for name, out in outputs.items():
-                self.see(self._of_branches([name], step), self.rule.samples(out), CHECK_MODEL)
+                self.see(self._of_branches([name], step), self.rule.peaks(out), CHECK_MODEL)
         elif any(self.rule.broken(out) for out in outputs.values()):
             each = {name: places_of(self.rule.samples(out)) for name, out in outputs.items()}
             broken = [name for name, samples in each.items() if samples]
@@ -110,7 +112,7 @@ class Watch:
         """
         if not self.at_once or self.rule.broken(out):
             what = f"the guided output {self.rule.trouble} at {step}, where those of its branches are sound"
-            self.see(what, self.rule.samples(out), CHECK_GUIDANCE)
+            self.see(what, self.rule.peaks(out), CHECK_GUIDANCE)
 
     def see_latents(self, latents: Tensor, where: str) -> None:
         """:meth:`see` whether finite outputs have carried latents (B, ...) beyond what a float holds.
@@ -123,7 +125,7 @@ class Watch:
             FloatingPointError: see :meth:`see`.
         """
         if not self.at_once or LATENTS.broken(latents):
-            self.see(f"the latents are not finite {where}", LATENTS.samples(latents), CHECK_LATENTS)
+            self.see(f"the latents are not finite {where}", LATENTS.peaks(latents), CHECK_LATENTS)
 
     def finish(self) -> None:
         """Look at what was noted.
@@ -134,10 +136,16 @@ class Watch:
         seen, self._seen = self._seen, []
         if not seen:
             return
-        flags = torch.stack([broken for _, _, broken in seen]).tolist()
-        for (what, advice, _), of_samples in zip(seen, flags, strict=True):
-            if any(of_samples):
-                raise unsound(what, [i for i, broken in enumerate(of_samples) if broken], advice)
+        # one look at all of a dtype; what is no flag is broken where it is not below +inf
+        by_dtype = {
+            dtype: iter(torch.stack([own for *_, own in seen if own.dtype == dtype]).tolist())
+            for dtype in {own.dtype for *_, own in seen}
+        }
+        for what, advice, own in seen:
+            values = next(by_dtype[own.dtype])
+            flags = values if own.dtype == torch.bool else [not v < math.inf for v in values]
+            if any(flags):
+                raise unsound(what, [i for i, broken in enumerate(flags) if broken], advice)
 
     def _of_branches(self, names: list[str], step: str) -> str:
         return f"the model's output {self.rule.trouble} at {step}, in the branches {names}"

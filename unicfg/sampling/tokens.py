@@ -54,9 +54,10 @@ class TokenFilter:
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-        # shifting first keeps a tiny temperature from overflowing to +inf
-        temperature = min(max(self.temperature, _COLDEST), _HOTTEST)
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        if self.temperature != 1:
+            # shifting first keeps a tiny temperature from overflowing to +inf
+            temperature = min(max(self.temperature, _COLDEST), _HOTTEST)
+            logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept = logits.topk(self.top_k, dim=-1)
             logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
