@@ -117,6 +117,7 @@ def transformers_cases(batch: int) -> dict[str, Case]:
             custom_generate=guided_generate,
             guidance=Guidance(SCALE),
             uncond_ids=null,
+            uncond_attention_mask=torch.ones_like(null),  # 0 is a token here, not padding
             **drawing,
         )
 

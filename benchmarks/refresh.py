@@ -120,6 +120,7 @@ def main() -> None:
             seconds = measure(cases, options.rounds)
             results["families"][family] = {"accuracy": accuracy, "seconds": seconds}
     command = f"python benchmarks/refresh.py -n {options.n} --scale {options.scale:g}"
+    command += f" --rounds {options.rounds}"
     file = options.out / f"{Path(options.weights).name}-refresh.json"
     write_text_atomically(json.dumps(results, indent=1) + "\n", file)
     write_text_atomically(table(results, command), file.with_suffix(".md"))

@@ -109,8 +109,8 @@ def sample_autoregressive(
         temperature: divides the guided logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens, after guidance.
         top_p: keep the most likely tokens up to this probability, after guidance.
-        compile: decode with a compiled step. The first sampling with a number of rows waits for the compiler; those
-            that follow find it compiled, whatever their prompts.
+        compile: decode with a compiled step, or on a GPU with a recorded one. The first sampling with a number of rows waits
+            for the compiler, or a second for the recording; those that follow find it, whatever their prompts.
         callback: called with a :class:`TokenStep` after each token.
 
     Returns:

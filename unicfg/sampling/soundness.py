@@ -41,7 +41,9 @@ def _nan_or_inf(out: Tensor) -> bool:
 
 
 def _largest(out: Tensor) -> Tensor:
-    return out.reshape(len(out), -1).amax(1) if out.numel() else out.new_zeros(len(out))
+    if not out.numel() or not out.is_floating_point():
+        return out.new_zeros(len(out), dtype=torch.float32)
+    return out.reshape(len(out), -1).amax(1)
 
 
 def _not_finite(out: Tensor) -> bool:
@@ -50,6 +52,8 @@ def _not_finite(out: Tensor) -> bool:
 
 
 def _farthest_from_0(out: Tensor) -> Tensor:
+    if not out.numel() or not out.is_floating_point():
+        return out.new_zeros(len(out), dtype=torch.float32)
     return torch.linalg.vector_norm(out.reshape(len(out), -1), math.inf, dim=1)
 
 
