@@ -24,9 +24,13 @@ from unicfg import Guidance
 pytestmark = pytest.mark.browser
 
 FAMILIES = ["ar", "masked", "flow"]
-SERVE = (
-    "import sys; from unicfg.demo.page import launch; launch(sys.argv[1], port=int(sys.argv[2]))"
-)
+# who starts the tests in the background of a shell has them, and what they start, ignore the interrupt that ends the page
+SERVE = """
+import signal, sys
+from unicfg.demo.page import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+launch(sys.argv[1], port=int(sys.argv[2]))
+"""
 
 
 @pytest.fixture(scope="module")
