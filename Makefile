@@ -96,6 +96,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/diffusion.py --rounds 3 --out benchmarks/results
 	$(BIN)/python benchmarks/families.py --out benchmarks/results
 	$(BIN)/python benchmarks/unet.py --rounds 3 --out benchmarks/results
+	$(BIN)/python benchmarks/shipped.py --rounds 2 --out benchmarks/results
 	$(BIN)/python benchmarks/int8.py --out benchmarks/results
 	$(BIN)/python benchmarks/refresh.py --out benchmarks/results --plot docs/pictures/shapes-refresh.png
 	$(BIN)/python benchmarks/attributes.py --out benchmarks/results --plot docs/pictures/shapes-attributes.png

@@ -1,6 +1,6 @@
 """What a guided step of the shipped models takes, and how many images a second they draw.
 
-    python benchmarks/shipped.py --batches 1 64 256 --rounds 3 --out benchmarks/results
+    python benchmarks/shipped.py --rounds 2 --out benchmarks/results
 
 The shapes weights at s = 3 with the default steps, without the decoding of tokens to pixels: `ar` and `hybrid` take a step a
 token, the others a step for all of them. On a GPU the first four run in bfloat16.
