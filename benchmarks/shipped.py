@@ -13,7 +13,7 @@ from timing import Case, Group, command_line, device
 from torch import Tensor
 
 from models import TextToImage
-from models.pipeline import STEPS
+from models.pipeline import REVEAL, STEPS
 from unicfg import (
     Guidance,
     sample_autoregressive,
@@ -39,7 +39,7 @@ def case(family: str, batch: int, compile: bool) -> tuple[Case, int]:
         if family == "ar":
             return sample_autoregressive(model, cond, compile=compile, **shared)
         if family == "masked":
-            return sample_masked(model, cond, steps=STEPS[family], reveal="halton", **shared)
+            return sample_masked(model, cond, steps=STEPS[family], reveal=REVEAL, **shared)
         if family == "hybrid":
             return sample_hybrid(model, cond, steps=STEPS[family], compile=compile, **shared)
         return sample_diffusion(model, cond, steps=STEPS[family], **shared)

@@ -138,13 +138,14 @@ def command_line(
     groups = [make_group(batch) for batch in options.batches]
     seconds = {group.title: measure(group.cases, options.rounds) for group in groups}
     lines = [f"# {title}", "", f"{date.today()}, {machine()}, {versions}.", ""]
-    lines += [
-        f"Read from memory: {limits['bytes'] / 1e9:.0f} GB/s; multiplied: {limits['operations'] / 1e9:.0f} GFLOP/s; both in",
-        "the same run, and `share of the ceiling` is against the one that binds. The range is of all rounds.",
-        "",
-        f"    {command}",
-        "",
-    ]
+    if any(group.bytes_read or group.operations for group in groups):
+        lines += [
+            f"Read from memory: {limits['bytes'] / 1e9:.0f} GB/s; multiplied: {limits['operations'] / 1e9:.0f} GFLOP/s; both in",
+            "the same run, and `share of the ceiling` is against the one that binds. The range is of all rounds.",
+        ]
+    else:
+        lines += ["The range is of all rounds."]
+    lines += ["", f"    {command}", ""]
     for group in groups:
         lines += table(group, seconds[group.title], limits)
     text = "\n".join(lines).rstrip() + "\n"

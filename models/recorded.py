@@ -172,7 +172,7 @@ class _Recording:
         self._graph.capture_begin(capture_error_mode="thread_local")
         try:
             out = method(*own)
-        except Exception:
+        except BaseException:  # an interrupt, too, must not leave the stream recording
             with suppress(Exception):  # it says again that something went wrong
                 self._graph.capture_end()
             raise

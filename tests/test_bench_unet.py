@@ -220,3 +220,18 @@ def test_script_writes_its_three_files(module, monkeypatch, tmp_path):
     for name in (bench.OURS, bench.REINED, bench.THEIRS, bench.THEIR_PLAIN):
         assert f"| {name} | " in table
     assert "| guided as theirs, against theirs | " in table
+
+
+def test_a_table_has_columns_for_what_is_known():
+    """With steps: what one takes, and the images a second; no ceiling where none was given."""
+    cases = {"a": lambda: None, "b": lambda: None}
+    group = timing.Group("g", cases, ("image", 4), steps={"a": 8, "b": 2})
+    lines = timing.table(group, {"a": [0.1, 0.2, 0.4], "b": [1.0]}, {"bytes": 1, "operations": 1})
+    assert (
+        lines[2]
+        == "| case | ms per image, median (range) | steps | us per step | images a second |"
+    )
+    assert lines[4:6] == [
+        "| a | 50.00 (25.00 to 100.00) | 8 | 25000 | 20 |",
+        "| b | 250.00 (250.00 to 250.00) | 2 | 500000 | 4 |",
+    ]

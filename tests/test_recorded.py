@@ -190,6 +190,21 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning(on_a_double, monke
     assert torch.equal(draw(model, cond, Guidance(3.0), True), wanted)  # and says it once
 
 
+def test_where_triton_does_not_work_the_step_is_recorded_without_it(on_a_double, monkeypatch):
+    def broken(*arguments):
+        if not fused._given_up:
+            raise RuntimeError("Failed to find C compiler")
+        return Double(*arguments)
+
+    monkeypatch.setattr(recorded, "_Recording", broken)
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    model, cond = wrapped_transformer(), torch.randint(1, 12, (2, 3))
+    wanted = draw(model, cond, Guidance(3.0), False)
+    with pytest.warns(UserWarning, match="recorded without fused kernels: Failed to find C"):
+        assert torch.equal(draw(model, cond, Guidance(3.0), True), wanted)
+    assert on_a_double() == 1 and not fused.can_fuse(model.model.body.blocks)
+
+
 def test_a_full_device_is_cleared_once(on_a_double, monkeypatch):
     cleared, tries = [], []
 
