@@ -8,8 +8,9 @@ drawn, and as many seen ones ("train"), and each drawing is held against all rea
 network: is the nearest one of the right concept, and is it the very picture of the pair? The style is read from the
 colours. What the same judge says of the true pictures bounds what can be seen.
 A model that was trained on the parts of captions, too (--parts of that script), can be guided by them: --by parts draws
-the tiger and the 3d style as two conditions that are added (composable AND, Liu et al., arXiv 2206.01714). Of a model that
-was not, that asks for what it never learned.
+the tiger and the 3d style as two conditions that are added (composable AND, Liu et al., arXiv 2206.01714), --by late the
+whole caption at first and the style alone from LATE on (prompt editing). Of a model that was not, both ask for what it never
+learned.
 Seeds are the same for every family and scale. Each finished cell is written at once, so an interrupted run goes on where it
 stopped.
 """
@@ -44,6 +45,7 @@ from unicfg.evaluation.captions import CaptionScorer
 from unicfg.evaluation.features import Features, extract, find_features
 from unicfg.evaluation.uncertainty import LEAST_OF_SHARE, share
 from unicfg.guidance import branches
+from unicfg.guidance.schedules import interval
 from unicfg.pictures import LINE, check_picture_name, grid, save_picture
 from unicfg.training.data import ImageSet, read_folder
 
@@ -61,7 +63,10 @@ MEASURES = {
 NEAREST = 5
 Cells = dict[str, dict[str, dict[str, Any]]]
 """What was measured by split, family and scale."""
-BY = {"whole": "", "parts": ", by parts"}  # what a family's name has behind it in the table
+# what a family's name has behind it in the table, and its line in the plot
+BY = {"whole": "", "parts": ", by parts", "late": ", the style late"}
+LINES = {"whole": "-", "parts": "--", "late": ":"}
+LATE = 0.65  # progress from which on, "late", the style is the only condition
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 4, 128
 
 
@@ -73,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", help="all that the weights hold by default")
     parser.add_argument("--scales", nargs="+", type=float, default=[0, 1, 1.5, 2, 3, 5, 8, 15])
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=["val_pair", "train"])
-    parser.add_argument("--by", nargs="+", choices=BY, default=["whole"], help="captions or parts")
+    parser.add_argument(
+        "--by", nargs="+", choices=BY, default=["whole"], help="how they are asked for"
+    )
     parser.add_argument("-n", type=int, default=216, help="prompts a split, or all that there are")
     parser.add_argument("--features", default="lite0", help="that tell concepts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -270,28 +277,41 @@ def fingerprint(pipe: TextToImage, data: ImageSet) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is drawn: captions, or concepts with a style each as a second condition."""
+    """What is drawn: captions, or concepts or captions with a style each as a second condition.
+
+    Attributes:
+        texts: a prompt each.
+        styles: the second condition, if there is one.
+        change: None: both conditions all the time; else the first one before this progress, the second one from there on.
+    """
 
     texts: list[str]
     styles: list[str] | None = None
+    change: float | None = None
 
     def draw(self, pipe: TextToImage, scale: float) -> Tensor:
-        """One image a prompt, of seed i for prompt i; both conditions have the scale."""
+        """One image a prompt, of seed i for prompt i; every condition has the scale."""
         options: dict[str, Any] = {"seeds": range(len(self.texts)), "batch_size": BATCH}
         if self.styles is None:
             return pipe.sample(self.texts, guidance=Guidance(scale), **options)
-        both = Guidance(branches.composed(cond=scale, style=scale))
-        return pipe.sample(self.texts, guidance=both, branches={"style": self.styles}, **options)
+        if self.change is None:
+            weights = branches.composed(cond=scale, style=scale)
+        else:
+            first = interval(scale, 0.0, self.change, outside=0.0)
+            then = interval(0.0, 0.0, self.change, outside=scale)
+            weights = branches.composed(cond=first, style=then)
+        options["branches"] = {"style": self.styles}
+        return pipe.sample(self.texts, guidance=Guidance(weights), **options)
 
 
 def prompts_for(data: ImageSet, asked: Tensor, by: str) -> Prompts:
-    """The captions of the pictures asked for, or by "parts" the words of concept and style as in training."""
-    if by == "whole":
-        return Prompts([data.captions[i] for i in asked])
+    """The captions of the pictures asked for, by "parts" and "late" with the words of concept and style as in training."""
     about = [data.attributes[i] for i in asked]
-    return Prompts(
-        [own["concept"] for own in about], [f"emoji in {own['style']} style" for own in about]
-    )
+    whole = [data.captions[i] for i in asked]
+    styles = [f"emoji in {own['style']} style" for own in about]
+    if by == "parts":
+        return Prompts([own["concept"] for own in about], styles)
+    return Prompts(whole) if by == "whole" else Prompts(whole, styles, change=LATE)
 
 
 def measure(
@@ -357,20 +377,20 @@ def table(cells: Cells, references: dict[str, Any], command: str) -> str:
 
 
 def plot(cells: Cells, file: Path) -> None:
-    """A row a split, a panel a measure, a colour a family; by parts the lines are dashed."""
+    """A row a split, a panel a measure, a colour a family; a kind of line by how it was asked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(MEASURES) + 2, 3 * len(cells)), layout="constrained")
     rows = figure.subplots(len(cells), len(MEASURES), sharex=True, sharey=True, squeeze=False)
     for panels, (split, families) in zip(rows, cells.items(), strict=True):
-        names = list(dict.fromkeys(name.removesuffix(BY["parts"]) for name in families))
+        names = list(dict.fromkeys(asked_how(name)[0] for name in families))
         for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
             for name, by_scale in families.items():
                 own = [cell[measure] for cell in by_scale.values()]
                 means, errors = ([100 * c[key] for c in own] for key in ("mean", "standard_error"))
-                colour = f"C{names.index(name.removesuffix(BY['parts']))}"
-                line = "--" if name.endswith(BY["parts"]) else "-"
-                axes.errorbar(list(by_scale), means, errors, color=colour, ls=line, label=name)
+                family, by = asked_how(name)
+                style = {"color": f"C{names.index(family)}", "ls": LINES[by]}
+                axes.errorbar(list(by_scale), means, errors, label=name, **style)
             axes.set(title=label, ylim=(0, 101))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel(f"{split}: drawings, %")
@@ -379,6 +399,14 @@ def plot(cells: Cells, file: Path) -> None:
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside right center")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
+
+
+def asked_how(name: str) -> tuple[str, str]:
+    """Family and key of ``BY`` that a row's name is made of."""
+    for by, suffix in BY.items():
+        if suffix and name.endswith(suffix):
+            return name.removesuffix(suffix), by
+    return name, "whole"
 
 
 def drawn_pairs(pipe: TextToImage, data: ImageSet, scale: float, by: str) -> Image.Image:

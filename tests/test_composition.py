@@ -89,10 +89,16 @@ class Artist:
         if branches is None:
             assert guidance.scale == 3
             return torch.stack([self.draw(prompt) for prompt in prompts])
-        assert guidance.scale.at(0.5) == {"cond": 3, "style": 3, "uncond": -5}
         (styles,) = branches.values()
-        both = zip(prompts, styles, strict=True)
-        return torch.stack([self.draw(f"{a} {b.removeprefix('emoji ')}") for a, b in both])
+        both = list(zip(prompts, styles, strict=True))
+        early, late = (guidance.scale.at(progress) for progress in (0.64, 0.66))
+        if early == late:
+            assert early == {"cond": 3, "style": 3, "uncond": -5}
+            return torch.stack([self.draw(f"{a} {b.removeprefix('emoji ')}") for a, b in both])
+        assert early == {"cond": 3, "style": 0, "uncond": -2}
+        assert late == {"cond": 0, "style": 3, "uncond": -2}
+        assert all(f"emoji {a[a.index(' in ') + 1 :]}" == b for a, b in both)
+        return torch.stack([self.draw(prompt) for prompt in prompts])
 
 
 def judged(draw, judge, data, asked, by="whole"):
@@ -348,12 +354,15 @@ def test_a_grid_shows_the_first_pairs_and_what_they_were_asked_for(
 
 def test_drawings_by_parts_have_rows_of_their_own(finished, folder, weights, drawn, tmp_path):
     (tmp_path / finished.name).write_bytes(finished.read_bytes())
-    file = run(folder, weights, tmp_path, *RUN, "--by", "whole", "parts", "--split", "val_pair")
-    assert len(drawn) == 4 and {n for *_, n in drawn} == {16}  # what is whole was there
+    ways = ["--by", "whole", "parts", "late", "--plot", str(tmp_path / "plot.png")]
+    file = run(folder, weights, tmp_path, *RUN, *ways, "--split", "val_pair")
+    assert len(drawn) == 8 and {n for *_, n in drawn} == {16}  # what is whole was there
     families = json.loads(file.read_text())["families"]
     assert families["flow, by parts"]["val_pair"].keys() == {"1", "3"}
+    assert families["ar, the style late"]["val_pair"].keys() == {"1", "3"}
+    assert composition.asked_how("ar, the style late") == ("ar", "late")
     page = file.with_suffix(".md").read_text()
-    assert "--by whole parts" in page
+    assert "--by whole parts late" in page and (tmp_path / "plot.png").exists()
     (whole,) = re.findall(r"\| style \| flow \|.*\| ([\d.-]+) \|\n", page)
     (parts,) = re.findall(r"\| style \| flow, by parts \|.*\| ([\d.-]+) \|\n", page)
     assert float(whole) >= 0 and parts == "-"  # at 1 two conditions are guided already
