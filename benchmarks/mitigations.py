@@ -62,6 +62,7 @@ DENOISERS: dict[str, tuple[Any, ...]] = {
     "magnitude_aware(5)": (m.magnitude_aware(5.0),),
     "mimic_scale(3)": (m.mimic_scale(3.0),),
     "tcfg + mimic_scale(3)": (m.tcfg(), m.mimic_scale(3.0)),
+    "tcfg + magnitude_aware": (m.tcfg(), m.magnitude_aware()),
 }
 GRIDS = {"frequency_decoupled": (m.frequency_decoupled(),)}  # needs more than one token
 
