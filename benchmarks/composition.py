@@ -9,7 +9,7 @@ network: is the nearest one of the right concept, and is it the very picture of 
 colours. What the same judge says of the true pictures bounds what can be seen.
 A model that was trained on the parts of captions, too (--parts of that script), can be guided by them: --by parts draws
 the tiger and the 3d style as two conditions that are added (composable AND, Liu et al., arXiv 2206.01714), --by late the
-whole caption at first and the style alone from LATE on (prompt editing). Of a model that was not, both ask for what it never
+whole caption at first and the style alone after LATE (prompt editing). Of a model that was not, both ask for what it never
 learned.
 Seeds are the same for every family and scale. Each finished cell is written at once, so an interrupted run goes on where it
 stopped.
@@ -66,7 +66,7 @@ Cells = dict[str, dict[str, dict[str, Any]]]
 # what a family's name has behind it in the table, and its line in the plot
 BY = {"whole": "", "parts": ", by parts", "late": ", the style late"}
 LINES = {"whole": "-", "parts": "--", "late": ":"}
-LATE = 0.65  # progress from which on, "late", the style is the only condition
+LATE = 0.65  # progress after which, "late", the style is the only condition
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 4, 128
 
 
@@ -267,7 +267,7 @@ class Judge:
 
 def fingerprint(pipe: TextToImage, data: ImageSet) -> str:
     """A hash of weights, sampler, pictures and judge: cells that were made with others are not kept."""
-    known = [pipe.defaults(), pipe.digest(), data.captions, data.attributes]
+    known = [pipe.defaults(), pipe.digest(), data.captions, data.attributes, NEAREST, LATE]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     digest.update(data.images.numpy().tobytes())
     for part in (features, captions, asked_for, colours, Judge, Prompts, prompts_for):
@@ -282,7 +282,7 @@ class Prompts:
     Attributes:
         texts: a prompt each.
         styles: the second condition, if there is one.
-        change: None: both conditions all the time; else the first one before this progress, the second one from there on.
+        change: None: both conditions all the time; else the first one up to this progress, the second one after it.
     """
 
     texts: list[str]

@@ -90,7 +90,7 @@ class Options(TypedDict, total=False):
 SILENT: dict[str, Any] = {"temperature": 1.0, "refresh": 1, "compile": False}
 # unless told otherwise
 STEPS = {"masked": 16, "diffusion": 30, "flow": 30, "hybrid": 20}
-# an order by confidence draws more of the prompt and sharpens the distribution by itself, which hides what guidance adds
+# an order by confidence draws more of the prompt by itself, which hides what guidance adds
 REVEAL = "halton"
 # images a batch; beyond this nothing is gained
 MOST_AT_ONCE = 64
@@ -556,7 +556,7 @@ class TextToImage:
             solver: diffusion, flow, hybrid: "ddim", "heun", "dpmpp_2m" or "cfg_pp".
             scheduler: diffusion, flow: a scheduler of diffusers in place of a solver.
             reveal: masked: "cosine", "linear", "arccos" or "halton". The last, a fixed order, is the default here: the others
-                keep the most confident tokens, which draws more of the prompt and sharpens the distribution by itself.
+                keep the most confident tokens, which draws more of the prompt by itself and leaves less to guidance.
             choice_noise: masked, but for "halton": on the confidence; see :func:`unicfg.sampling.sample_masked`.
             temperature: ar, masked: divides the guided logits, 0 takes the most likely token; hybrid: multiplies
                 the noise that the head starts from.

@@ -81,19 +81,20 @@ def judge(data, pairs):
 class Artist:
     """Draws what ``draw`` says for each prompt."""
 
-    def __init__(self, draw):
-        self.draw = draw
+    def __init__(self, draw, by):
+        self.draw, self.by = draw, by
 
     def sample(self, prompts, *, seeds, guidance, batch_size, branches=None):
         assert list(seeds) == list(range(len(prompts)))
+        assert (branches is None) == (self.by == "whole")
         if branches is None:
             assert guidance.scale == 3
             return torch.stack([self.draw(prompt) for prompt in prompts])
         (styles,) = branches.values()
         both = list(zip(prompts, styles, strict=True))
-        early, late = (guidance.scale.at(progress) for progress in (0.64, 0.66))
-        if early == late:
-            assert early == {"cond": 3, "style": 3, "uncond": -5}
+        early, late = (guidance.scale.at(progress) for progress in (composition.LATE, 0.651))
+        if self.by == "parts":
+            assert early == late == {"cond": 3, "style": 3, "uncond": -5}
             return torch.stack([self.draw(f"{a} {b.removeprefix('emoji ')}") for a, b in both])
         assert early == {"cond": 3, "style": 0, "uncond": -2}
         assert late == {"cond": 0, "style": 3, "uncond": -2}
@@ -103,7 +104,7 @@ class Artist:
 
 def judged(draw, judge, data, asked, by="whole"):
     prompts = composition.prompts_for(data, asked, by)
-    return composition.measure(Artist(draw), judge, prompts, asked, 3.0)
+    return composition.measure(Artist(draw, by), judge, prompts, asked, 3.0)
 
 
 def means(cell):
@@ -268,7 +269,7 @@ def test_a_run_that_was_stopped_has_kept_its_cells(folder, weights, drawn, tmp_p
     assert [call[:2] for call in drawn] == [(f, s) for f in ("ar", "flow") for s in (1.0, 3.0)]
 
 
-def test_cells_are_of_these_weights_pictures_and_samplers(data, weights):
+def test_cells_are_of_these_weights_pictures_and_samplers(data, weights, monkeypatch):
     pipe = TextToImage.from_pretrained(weights, "ar")
     own = composition.fingerprint(pipe, data)
     assert own == composition.fingerprint(TextToImage.from_pretrained(weights, "ar"), data)
@@ -281,7 +282,10 @@ def test_cells_are_of_these_weights_pictures_and_samplers(data, weights):
         (pipe, type(data)(data.images, data.captions, data.attributes[::-1])),
     ]
     made = {composition.fingerprint(*other) for other in others}
-    assert len(made) == len(others) and own not in made
+    for name, value in (("LATE", 0.5), ("NEAREST", 4)):
+        monkeypatch.setattr(composition, name, value)
+        made.add(composition.fingerprint(pipe, data))
+    assert len(made) == len(others) + 2 and own not in made
 
 
 def test_the_table_has_the_numbers_of_the_file(finished, folder, weights, drawn, tmp_path):

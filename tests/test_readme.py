@@ -138,6 +138,8 @@ def test_masked_draws_nearly_all_of_the_prompt_when_the_most_confident_tokens_co
         mean, error = (100 * float(row[key]) for key in ("attributes", "attributes_error"))
         shown[float(row["s"])] = (mean, f"{mean:.1f} +- {error:.1f}")
     assert max(mean for mean, _ in shown.values()) >= 97
+    fixed = (r for r in csv.DictReader(table.splitlines()) if r["variant"] == "plain")
+    assert max(float(r["attributes"]) for r in fixed if r["family"] == "masked") < 0.97
     assert f"{shown[1.0][1]} % at s = 1 and {shown[3.0][1]} at 3" in README
 
 
@@ -155,6 +157,16 @@ def test_compositions_of_the_page_on_studies_are_those_of_the_committed_table():
                 shown = (f"{100 * c['mean']:.1f} +- {100 * c['standard_error']:.1f}" for c in own)
                 line = f"| {what} pairs, {how} | {label} | {' | '.join(shown)} |"
                 assert line in STUDIES.splitlines()
+
+    def shown_of(row, measure, s):
+        own = results["families"][row]["val_pair"][s][measure]
+        return f"{100 * own['mean']:.0f} +- {100 * own['standard_error']:.0f}"
+
+    prose = " ".join(README.split())
+    parts, whole = shown_of("hybrid, by parts", "concept", "2"), shown_of("hybrid", "concept", "2")
+    assert f"{parts} %, as in reconstructions; {whole} by the whole caption" in prose
+    late, best = shown_of("flow, the style late", "style", "5"), shown_of("flow", "style", "3")
+    assert f"{best} % by the whole caption, and {late} (reconstructions 70)" in prose
 
 
 def measured(row, at_1):
