@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALL := -m pip install --quiet --no-compile
 # one thread each, for two that wait for one another are slower than one; `make test-slow` runs with more
 PARALLEL := OMP_NUM_THREADS=1
+# the tests start many processes: where this is set, each would compile all of torch anew
+unexport PYTHONDONTWRITEBYTECODE
 WORKERS := -n 2 --dist loadfile
 
 .PHONY: demo docs wheel test test-browser test-slow test-lowest test-newest test-lowest-quick test-newest-quick bench clean
