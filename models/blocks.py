@@ -61,7 +61,13 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, attend: Attend, modulation: Modulation | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attend: Attend,
+        modulation: Modulation | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """Apply the block to x (B, tokens, D).
 
         Args:
@@ -69,9 +75,16 @@ class Block(nn.Module):
             attend: attention of queries, keys and values of these tokens, (B, heads, tokens, D / heads) each;
                 the caller's function adds what lies outside of x: a prefix, a cache, a mask.
             modulation: of both halves, in a network that is told the time.
+            places: int64 (B, K), the tokens that are wanted of the block; None is all. All are attended to.
+
+        Returns:
+            (B, tokens, D), or (B, K, D) at ``places``.
         """
         first, second = modulation if modulation is not None else (None, None)
         q, k, v = self.project(modulate(self.norm1(x), first))
+        if places is not None:
+            x = torch.take_along_dim(x, places[..., None], dim=1)
+            q = torch.take_along_dim(q, places[:, None, :, None], dim=2)
         mixed = self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
         x = x + F.dropout(gate(mixed, first), self.dropout, self.training)
         weight, up = self.gate_up(modulate(self.norm2(x), second)).chunk(2, dim=-1)

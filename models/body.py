@@ -95,16 +95,18 @@ class Body(nn.Module):
         cond: Tensor | EncodedCondition,
         mask: Tensor | None = None,
         modulations: Sequence[Modulation] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, L, D) of embedded tokens x (B, L, D).
+        """Hidden states (B, L, D) of embedded tokens x (B, L, D), or (B, K, D) of some of them.
 
         Args:
             x: embedded tokens with their positions (B, L, D).
             cond: condition ids (B, T), or what ``encode_condition`` made of them.
             mask: bool (L, T + L), True where a token may look; None is everywhere.
             modulations: one for each block, from the time.
+            places: int64 (B, K), the tokens whose states are wanted; None is all. The last block computes no others.
         """
-        layers = self.encode_condition(cond).layers
+        layers, last = self.encode_condition(cond).layers, len(self.blocks) - 1
         for i, (block, (past_key, past_value)) in enumerate(zip(self.blocks, layers, strict=True)):
 
             def attend(
@@ -113,7 +115,8 @@ class Body(nn.Module):
                 k, v = torch.cat([pk, k], dim=2), torch.cat([pv, v], dim=2)
                 return attention(q, k, v, mask)
 
-            x = block(x, attend, modulations[i] if modulations is not None else None)
+            modulation = modulations[i] if modulations is not None else None
+            x = block(x, attend, modulation, places if i == last else None)
         hidden: Tensor = self.norm(x)
         return hidden
 

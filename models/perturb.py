@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from models.blocks import Attend, Block, Modulation
@@ -24,19 +25,31 @@ Network = TypeVar("Network", bound=nn.Module)
 class _OwnValue(Block):
     """A block in which each image token attends to itself alone."""
 
-    def forward(self, x: Tensor, attend: Attend, modulation: Modulation | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attend: Attend,
+        modulation: Modulation | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         def own_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             attend(q, k, v)  # a cache has to move on
-            return v
+            return v if places is None else torch.take_along_dim(v, places[:, None, :, None], dim=2)
 
-        return super().forward(x, own_value, modulation)
+        return super().forward(x, own_value, modulation, places)
 
 
 class _Skipped(Block):
     """A block that is left out."""
 
-    def forward(self, x: Tensor, attend: Attend, modulation: Modulation | None = None) -> Tensor:
-        return x
+    def forward(
+        self,
+        x: Tensor,
+        attend: Attend,
+        modulation: Modulation | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        return x if places is None else torch.take_along_dim(x, places[..., None], dim=1)
 
 
 def perturb_attention(network: Network, layers: Sequence[int]) -> Network:

@@ -161,21 +161,24 @@ class MaskedTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         """The same network with its weights in the layout that is fastest here, see ``models.packed``."""
         return pack(self)
 
-    def forward(self, ids: Tensor, cond: Tensor | EncodedCondition) -> Tensor:
+    def forward(
+        self, ids: Tensor, cond: Tensor | EncodedCondition, places: Tensor | None = None
+    ) -> Tensor:
         """Logits of every token given those that are not masked.
 
         Args:
             ids: image tokens (B, L), or (B, h, w) in raster order; ``mask_token`` where one is unknown.
             cond: condition ids (B, T), or what ``encode_condition`` made of them.
+            places: int64 (B, K), the tokens whose logits are wanted, 0 to L - 1; None is all.
 
         Returns:
-            logits (B, L, V).
+            logits (B, L, V), or (B, K, V) at ``places``.
 
         Raises:
             ValueError: if the shapes do not fit the configuration.
         """
         x = self.embedding(check_tokens(ids, self.num_tokens)) + self.body.positions()
-        logits: Tensor = self.head(self.body(x, cond))
+        logits: Tensor = self.head(self.body(x, cond, None, None, places))
         return logits
 
 

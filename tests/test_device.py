@@ -41,10 +41,8 @@ def test_a_device_computes_what_the_cpu_does(found, name):
 
 @pytest.mark.parametrize("name", [name for name in DRAWN if not name.endswith(WAITING)])
 def test_no_step_waits_for_the_device(found, name):
-    """Twice as many steps wait no more often; to choose tokens of a masked model is to wait for how many they are."""
+    """Twice as many steps wait no more often."""
     four, eight = found[name]["looks"]
-    if name.startswith("masked"):
-        assert eight.pop("selection") - four.pop("selection") <= 4 * 4
     # the tokens of ar are as many in both, and more than are waited for
     assert four == eight and sum(four.values()) <= MOST < TOKENS, (four, eight)
 

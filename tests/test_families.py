@@ -85,14 +85,15 @@ def test_a_batched_pass_equals_two_passes(kind, monkeypatch):
     body = model.model.body
     whole, extend = body.forward, body.extend
 
-    def halves(x, cond, mask=None, modulations=None):
+    def halves(x, cond, mask=None, modulations=None, places=None):
         b, encoded = len(x) // 2, body.encode_condition(cond)
         rows = [(0, b), (b, 2 * b)]
         parts = []
         for start, stop in rows:
             own = encoded.take(torch.arange(start, stop))
             # the modulations are of one row, which serves all
-            parts.append(whole(x[start:stop], own, mask, modulations))
+            there = None if places is None else places[start:stop]
+            parts.append(whole(x[start:stop], own, mask, modulations, there))
         return torch.cat(parts)
 
     def cached_halves(x, cache):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import wrapped
 
+from models.perturb import perturb_attention, skip_layers
 from unicfg import ConditionDropout, Guidance, guide, sample_masked
 from unicfg.guidance.schedules import interval, linear
 from unicfg.sampling.masked import REVEALS, halton_order, masked_share, reveal_counts
@@ -264,6 +265,82 @@ def test_a_step_with_nothing_to_reveal_runs_no_pass():
     assert len(model.seen) == 4
     assert [step.index for step in steps] == [0, 1, 3, 4]
     assert [step.progress for step in steps] == pytest.approx([0, 0.2, 0.6, 0.8])
+
+
+# what the model is asked for
+
+
+class Asked(torch.nn.Module):
+    """A network that notes which tokens it is asked for; without them, the same network as others write it."""
+
+    def __init__(self, network, takes_places=True):
+        super().__init__()
+        self.network, self.seen = network, []
+        self.num_tokens, self.mask_token = network.num_tokens, network.mask_token
+        if not takes_places:
+            self.forward = lambda ids, cond: self.network(ids, cond)
+
+    def forward(self, ids, cond, places=None):
+        self.seen.append(places)
+        return self.network(ids, cond, places)
+
+
+OF_THREE = {"cond": torch.tensor([[3, 4, 5], [6, 7, 8], [9, 1, 2]]), "seeds": range(3)}
+
+
+@pytest.mark.parametrize("reveal", REVEALS)
+@pytest.mark.parametrize(
+    "options", [{}, {"refresh": 2}, {"masked": [16, 6, 1]}, {"refresh": 3, "masked": [2, 1, 1]}]
+)
+def test_a_model_that_is_told_the_places_draws_the_same(reveal, options):
+    """As it is, and in the last block and the head of our transformer, where other tokens are not computed."""
+    model = wrapped("masked")
+    given = dict(OF_THREE, reveal=reveal, steps=5, guidance=Guidance(linear(1.0, 4.0))) | options
+    if "masked" in given:  # also with steps that reveal nothing, and are run for the direction
+        anew = torch.arange(16) < torch.tensor(given.pop("masked"))[:, None]
+        given |= {"init": torch.arange(48).view(3, 16) % 24, "mask": anew}
+    seen = {True: [], False: []}
+    drawn = [
+        sample_masked(
+            Asked(model.model, told).eval(), uncond=model.null_condition, callback=seen[told].append, **given
+        )
+        for told in seen
+    ]  # fmt: skip
+    assert torch.equal(*drawn)
+    for ours, plain in zip(*seen.values(), strict=True):
+        assert torch.equal(ours.places, plain.places)
+        assert ours.guided.shape == (3, ours.places.shape[1], 24)
+        torch.testing.assert_close(ours.guided, plain.guided, atol=1e-4, rtol=1e-4)
+        for name, out in ours.outputs.items():
+            torch.testing.assert_close(out, plain.outputs[name], atol=1e-4, rtol=1e-4)
+        there = torch.zeros(3, 16, dtype=torch.bool).scatter_(1, ours.places, True)
+        assert not bool((ours.revealed & ~there).any())
+        assert all(len(row.unique()) == len(row) for row in ours.places)
+
+
+def test_only_what_can_be_drawn_is_asked_for():
+    """In a fixed order the tokens that are revealed; by confidence, those that are masked still."""
+    model = wrapped("masked")
+    for reveal, expected in (("halton", [3, 3, 3, 7]), ("linear", [16, 12, 8, 4])):
+        asked = Asked(model.model).eval()
+        sample_masked(
+            asked, **OF_THREE, uncond=model.null_condition, guidance=Guidance(3.0), steps=4, reveal=reveal
+        )  # fmt: skip
+        assert [tuple(places.shape) for places in asked.seen] == [(6, k) for k in expected]
+        for places in asked.seen:
+            assert torch.equal(places[:3], places[3:])  # both branches
+
+
+@pytest.mark.parametrize("made", [None, perturb_attention, skip_layers])
+def test_logits_of_some_places_are_those_of_all(made):
+    network = wrapped("masked").model
+    network = network if made is None else made(network, [-1])
+    ids = torch.randint(0, 25, (3, 16), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 5], [15, 2], [7, 7]])
+    with torch.no_grad():
+        some, whole = network(ids, OF_THREE["cond"], places), network(ids, OF_THREE["cond"])
+    for row, own, everywhere in zip(places, some, whole, strict=True):
+        torch.testing.assert_close(own, everywhere[row], atol=1e-5, rtol=1e-5)
 
 
 # given tokens

@@ -6,6 +6,7 @@ the step does not need.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -394,7 +395,8 @@ class WholeGridPass:
     - ``for_sampling()``: a network that computes the same, and is called in its place;
     - ``encode_condition(cond)``: what takes the place of ``cond`` in every call; it has a method ``take(index)``, the
       rows (R,) of an index, which may name one more than once: what all samples share is encoded once;
-    - ``encode_times(times (N,))``: a list of what takes the place of ``t``, the same for all rows.
+    - ``encode_times(times (N,))``: a list of what takes the place of ``t``, the same for all rows;
+    - an argument ``places`` (R, K): the tokens whose outputs are wanted, so that it need not compute the others.
 
     Args:
         groups: see :func:`plan`.
@@ -458,6 +460,7 @@ class WholeGridPass:
         *rest: Tensor,
         t: float | None = None,
         level: Level | None = None,
+        places: Tensor | None = None,
     ) -> Guided:
         """Run the branches that ``progress`` needs on x (B, ...) and guide them.
 
@@ -468,16 +471,22 @@ class WholeGridPass:
             rest: further arguments of the network, (B, ...) each.
             t: of a denoiser, the time of x.
             level: of a denoiser, the noise level of x.
+            places: int64 (B, K), the tokens of x (B, L, ...) whose outputs (B, K, ...) are wanted; None is all.
 
         Raises:
             ValueError: if the outputs of two branches differ in shape.
             FloatingPointError: see :func:`combine`.
         """
-        outputs = self.branches(progress, x, *rest, t=t)
+        outputs = self.branches(progress, x, *rest, t=t, places=places)
         return combine(self.guidance, progress, outputs, step, level, self.watch)
 
     def branches(
-        self, progress: float, x: Tensor, *rest: Tensor, t: float | None = None
+        self,
+        progress: float,
+        x: Tensor,
+        *rest: Tensor,
+        t: float | None = None,
+        places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed = self.guidance.branches_at(progress)
@@ -486,17 +495,24 @@ class WholeGridPass:
         self._calls += 1
         if self.refresh == 1 or not others or "cond" not in needed:
             self._held = {}
-            return self._run(needed, x, rest, t)
+            return self._run(needed, x, rest, t, places)
         if not fresh and all(name in self._held for name in others):
-            cond_out = self._run(("cond",), x, rest, t)["cond"]
-            near = {name: to_dtype(cond_out - self._held[name], cond_out.dtype) for name in others}
+            cond_out = self._run(("cond",), x, rest, t, places)["cond"]
+            held = {name: _at(self._held[name], places) for name in others}
+            near = {name: to_dtype(cond_out - held[name], cond_out.dtype) for name in others}
             return {name: near.get(name, cond_out) for name in needed}
+        # everywhere: the steps that follow want other places
         outputs = self._run(needed, x, rest, t)
         self._held = {name: _distance(outputs, name) for name in others}
-        return outputs
+        return {name: _at(out, places) for name, out in outputs.items()}
 
     def _run(
-        self, needed: tuple[str, ...], x: Tensor, rest: tuple[Tensor, ...], t: float | None
+        self,
+        needed: tuple[str, ...],
+        x: Tensor,
+        rest: tuple[Tensor, ...],
+        t: float | None,
+        places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for group, encoded, times in zip(
@@ -513,9 +529,30 @@ class WholeGridPass:
                         if known is None
                         else known
                     )
-                out = group.network(torch.cat([x] * count), encoded.of(names), *more)
+                wanted = None if places is None else torch.cat([places] * count)
+                told = (
+                    {} if wanted is None or not _takes_places(group.network) else {"places": wanted}
+                )
+                out = group.network(torch.cat([x] * count), encoded.of(names), *more, **told)
+                out = out if told else _at(out, wanted)
                 parts.update(zip(names, out.split(self.batch), strict=True))
         return {name: parts[name] for name in needed}
+
+
+def _takes_places(network: Any) -> bool:
+    called = network.forward if isinstance(network, nn.Module) else network
+    try:
+        return "places" in inspect.signature(called).parameters
+    except (TypeError, ValueError):  # a callable that is not written in Python
+        return False
+
+
+def _at(out: Tensor, places: Tensor | None) -> Tensor:
+    """Outputs (R, L, ...) at places (R, K): (R, K, ...)."""
+    # one of another shape is for the sampler to refuse
+    if places is None or out.ndim < 3 or len(out) != len(places):
+        return out
+    return torch.take_along_dim(out, places.view(*places.shape, *[1] * (out.ndim - 2)), dim=1)
 
 
 def _distance(outputs: Mapping[str, Tensor], name: str) -> Tensor:

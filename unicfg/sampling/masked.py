@@ -39,7 +39,8 @@ CHOICE_NOISE = 4.5
 class MaskedModel(Protocol):
     """What ``sample_masked`` asks of a model; ``models.MaskedTransformer`` is one.
 
-    It may have ``encode_condition(cond)``, see :class:`unicfg.sampling.branches.WholeGridPass`.
+    It may have ``encode_condition(cond)``, and its call an argument ``places``: see
+    :class:`unicfg.sampling.branches.WholeGridPass`.
     """
 
     @property
@@ -65,8 +66,10 @@ class UnmaskingStep(OfBranches):
         scale: s at this step: a float or (B,).
         ids: tokens (B, L); ``mask_token`` where still unknown.
         revealed: bool (B, L), True at the tokens that this step has revealed.
-        guided: guided logits (B, L, V).
-        outputs: logits (B, L, V) of each branch that the step needed.
+        places: int64 (B, K), the tokens that the model was asked for: those that the fixed order reveals, or all among which
+            confidence chooses. A sample with fewer of them than another has some that are not masked at the end of its row.
+        guided: guided logits (B, K, V), of these.
+        outputs: logits (B, K, V) of each branch that the step needed.
     """
 
     index: int
@@ -74,6 +77,7 @@ class UnmaskingStep(OfBranches):
     scale: Scale
     ids: Tensor
     revealed: Tensor
+    places: Tensor
     guided: Tensor
     outputs: Mapping[str, Tensor]
 
@@ -148,49 +152,55 @@ def sample_masked(
     ids = _start(network, batch, init, mask, cond.device)
     masked = ids == network.mask_token
     steps = min(steps, network.num_tokens)
-    counts = reveal_counts(masked.sum(1), steps, reveal)
-    busy = torch.stack(counts).any(1).tolist()  # one look at a GPU, not one a step
-    if not any(busy):
+    counts = torch.stack(reveal_counts(masked.sum(1), steps, reveal))  # (S, B)
+    fixed = reveal == "halton"
+    # a fixed order is known before the step: nothing else need be asked for
+    asked = counts if fixed else counts.flip(0).cumsum(0).flip(0)
+    # one look at a GPU, not one a step
+    most, sizes = torch.stack([counts.amax(1), asked.amax(1)]).tolist()
+    if not any(most):
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     # rounded, or the ends of an interval at 0.4 would miss a step at 0.3999999999999999
     progresses = [round(share / max(shares[-1], 1e-12), 12) for share in shares]
     # with refresh, a step that reveals nothing here may hold the direction for those that do: a sample is not to depend on
     # the others of its batch
-    passes = [p for p, runs in zip(progresses, busy, strict=True) if runs or refresh > 1]
+    passes = [p for p, runs in zip(progresses, most, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
     watch = Watch(cond.device)
     run = WholeGridPass(groups, guidance, batch, refresh=refresh, watch=watch)
-    places = halton_order(network.num_tokens).to(cond.device) if reveal == "halton" else None
+    columns = torch.arange(network.num_tokens, device=cond.device)
+    ranks = halton_order(network.num_tokens).to(cond.device) if fixed else columns
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
         noise = uniform(sources, (2, network.num_tokens)).to(cond.device, non_blocking=True)
-        if not busy[index] and not run.is_fresh:
+        if not most[index] and not run.is_fresh:
             run.pass_over()
             continue
-        guided = run(progress, f"step {index}", ids)
-        _check_logits(guided.out, ids, network.mask_token)
-        if places is not None:
-            # the places are known beforehand: nothing else need be drawn
-            kept = _highest(-places.double().expand_as(ids), masked, counts[index])
-            logits = _drawable(guided.out, kept, index, watch)
-            ids = ids.clone()
-            ids[kept] = draw(choose(logits), noise[:, 0][kept])
-        else:
-            logits = _drawable(guided.out, masked, index, watch)
-            drawn = draw(choose(logits), noise[:, 0][masked])
+        places = ranks.masked_fill(~masked, len(ranks)).argsort(dim=1)[:, : sizes[index]]
+        # a sample that asks for fewer than another has some at the end that are not its own to draw
+        own = columns[: sizes[index]] < asked[index][:, None]
+        guided = run(progress, f"step {index}", ids, places=places)
+        _check_logits(guided.out, places, network.mask_token)
+        none = (guided.out.amax(-1).isneginf() & own).any(1)
+        watch.see(f"no token can be drawn at step {index}", none, ALL_MASKED)
+        drawn = draw(choose(guided.out), noise[:, 0].gather(1, places))
+        kept = own
+        if not fixed:
             # of the guided softmax itself: after temperature and filters every token may be certain
-            confidence = logits.double().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
-            gumbel = -(-noise[:, 1][masked].clamp(min=1e-300).log()).log()
-            score = torch.zeros_like(noise[:, 0])
-            score[masked] = confidence + choice_noise * (1 - (index + 1) / steps) * gumbel
-            kept = _highest(score, masked, counts[index])
-            ids = torch.where(kept, ids.masked_scatter(masked, drawn), ids)
-        masked = masked & ~kept
+            chosen = guided.out.double().log_softmax(-1).gather(-1, drawn[..., None])
+            gumbel = -(-noise[:, 1].gather(1, places).clamp(min=1e-300).log()).log()
+            score = chosen.squeeze(-1) + choice_noise * (1 - (index + 1) / steps) * gumbel
+            kept = _highest(score, own, counts[index])
+        ids = ids.scatter(1, places, drawn.where(kept, ids.gather(1, places)))
+        revealed = torch.zeros_like(masked).scatter(1, places, kept)
+        masked = masked & ~revealed
         if callback is not None:
             watch.finish()
             callback(
-                UnmaskingStep(index, progress, guided.scale, ids, kept, guided.out, guided.outputs)
+                UnmaskingStep(
+                    index, progress, guided.scale, ids, revealed, places, guided.out, guided.outputs
+                )
             )
     watch.finish()
     return ids
@@ -270,24 +280,12 @@ def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     return among & (rank < count[:, None].to(rank.device))
 
 
-def _check_logits(logits: Tensor, ids: Tensor, mask_token: int) -> None:
-    if logits.ndim != 3 or logits.shape[:2] != ids.shape or logits.shape[2] > mask_token:
+def _check_logits(logits: Tensor, places: Tensor, mask_token: int) -> None:
+    if logits.ndim != 3 or logits.shape[:2] != places.shape or logits.shape[2] > mask_token:
         raise ValueError(
-            f"the model returned logits {tuple(logits.shape)} for ids {tuple(ids.shape)}, expected (B, L, V) with V at "
+            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, L, V) with V at "
             f"most {mask_token}, the id that stands for an unknown token"
         )
-
-
-def _drawable(guided: Tensor, chosen: Tensor, index: int, watch: Watch) -> Tensor:
-    """The logits (N, V) of the chosen tokens (B, L), if there is something to draw in each.
-
-    Raises:
-        FloatingPointError: if all logits of a token are -inf, and are looked at.
-    """
-    logits = guided[chosen]
-    masked = chosen.masked_scatter(chosen, logits.amax(-1).isneginf())
-    watch.see(f"no token can be drawn at step {index}", masked.any(1), ALL_MASKED)
-    return logits
 
 
 def _start(

@@ -203,8 +203,8 @@ def _of_tokens(step: TokenStep | UnmaskingStep) -> _Moment:
         place = torch.full_like(sample, step.index)
         pick: slice | Tensor = slice(None)
     else:
-        sample, place = step.revealed.nonzero(as_tuple=True)
-        pick = step.revealed
+        pick = step.revealed.gather(1, step.places)
+        sample, place = pick.nonzero()[:, 0], step.places[pick]
     guided = step.guided[pick].double()
     cond, uncond = (
         None if out is None else out[pick].double() for out in (step.cond_out, step.uncond_out)
