@@ -30,6 +30,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def inner_width(width: int) -> int:
+    """Of the feed-forward in a block of this width: 8/3 of it, up to a multiple of 64."""
+    return -(-8 * width // (3 * 64)) * 64
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: RMSNorm, attention, RMSNorm, SwiGLU.
 
@@ -46,7 +51,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        inner = -(-8 * width // (3 * 64)) * 64
+        inner = inner_width(width)
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -117,6 +122,14 @@ def modulate(x: Tensor, by: AdaLN | None) -> Tensor:
 def gate(x: Tensor, by: AdaLN | None) -> Tensor:
     """Weigh the output of a sublayer."""
     return x if by is None else by.gate * x
+
+
+def modulation_of_rows(by: Modulation, start: int, stop: int) -> Modulation:
+    """The rows from ``start`` up to ``stop``; one row serves all."""
+    first, second = (
+        AdaLN(*(part if len(part) == 1 else part[start:stop] for part in half)) for half in by
+    )
+    return first, second
 
 
 class AdaLNZero(nn.Module):
@@ -227,6 +240,12 @@ class EncodedCondition:
             tuple(
                 KeyValue(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers
             )
+        )
+
+    def rows(self, start: int, stop: int) -> EncodedCondition:
+        """The rows from ``start`` up to ``stop``: the same memory."""
+        return EncodedCondition(
+            tuple(KeyValue(k[start:stop], v[start:stop]) for k, v in self.layers)
         )
 
 

@@ -17,6 +17,8 @@ from models.blocks import (
     attention,
     causal_mask,
     encode_prefix,
+    inner_width,
+    modulation_of_rows,
 )
 from models.compiled import compiled_method
 from models.fused import can_fuse, run_blocks
@@ -24,6 +26,9 @@ from models.packed import pack
 from models.recorded import RecordedMethod
 from tokenizers_vq.files import FORMAT_VERSION, check_counts, check_format_version
 
+# bytes of the widest tensor in a block: a larger one has left a CPU's cache when the next operation reads it. Measured
+# with 32 MiB of it for two cores, from 2 to 16 MiB: 4 to 16 are alike
+IN_CACHE = 8 << 20
 # far beyond what anyone trains: larger numbers are a damaged or a hostile file
 MOST_WIDTH, MOST_DEPTH, MOST_SIDE = 1 << 16, 512, 256
 
@@ -106,7 +111,34 @@ class Body(nn.Module):
             modulations: one for each block, from the time.
             places: int64 (B, K), the tokens whose states are wanted; None is all. The last block computes no others.
         """
-        layers, last = self.encode_condition(cond).layers, len(self.blocks) - 1
+        encoded, count = self.encode_condition(cond), self._rows_at_once(x)
+        if count >= len(x):
+            return self._run(x, encoded, mask, modulations, places)
+        parts = []
+        for start in range(0, len(x), count):
+            stop = min(start + count, len(x))
+            own = modulations and [modulation_of_rows(by, start, stop) for by in modulations]
+            there = None if places is None else places[start:stop]
+            parts.append(self._run(x[start:stop], encoded.rows(start, stop), mask, own, there))
+        return torch.cat(parts)
+
+    def _rows_at_once(self, x: Tensor) -> int:
+        """How many rows of x (B, L, D) go through all blocks before the next do: all, in training and on a GPU."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not len(x):
+            return len(x)
+        widest = x.shape[1] * 2 * inner_width(x.shape[2]) * x.element_size()
+        turns = -(-len(x) // max(IN_CACHE // widest, 1))
+        return -(-len(x) // turns)
+
+    def _run(
+        self,
+        x: Tensor,
+        cond: EncodedCondition,
+        mask: Tensor | None,
+        modulations: Sequence[Modulation] | None,
+        places: Tensor | None,
+    ) -> Tensor:
+        layers, last = cond.layers, len(self.blocks) - 1
         for i, (block, (past_key, past_value)) in enumerate(zip(self.blocks, layers, strict=True)):
 
             def attend(

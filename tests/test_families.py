@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import CAPTIONS, FAMILIES, network, pipeline, wrapped
 
 from models import DiffusionHead, TextToImage
-from models.blocks import TimeEmbedding
+from models.blocks import TimeEmbedding, inner_width
 from models.folders import held_families
 from models.pipeline import OPTIONS
 from unicfg import Guidance, sample_autoregressive, sample_diffusion, sample_hybrid, sample_masked
@@ -113,6 +113,45 @@ def test_a_batched_pass_equals_two_passes(kind, monkeypatch):
         )
         monkeypatch.setattr("models.body.pack", lambda network: network)
     assert close(draw(kind, model, guidance=Guidance(3.0)), batched)
+
+
+@pytest.mark.parametrize("family", ["masked", "diffusion", "flow", "hybrid masked"])
+def test_rows_that_go_through_a_few_at_a_time_are_as_all_at_once(family, monkeypatch):
+    """On a CPU, without gradients: 10 rows of which at most 4 fit. Times of each row, places of each row."""
+    model, rows, seen = network(family), 10, []
+    cond = torch.arange(3 * rows).view(rows, 3) % 12
+    x = torch.randn(rows, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.1, 0.9, rows)
+    places = torch.stack([torch.randperm(16)[:5] for _ in range(rows)])
+
+    def run():
+        if family == "masked":
+            ids = x.flatten(1)[:, :16].abs().mul(10).long().clamp(max=24)
+            return torch.cat([model(ids, cond), model(ids, cond, places)], 1)
+        if family == "hybrid masked":
+            latents = x.flatten(2).transpose(1, 2)
+            return model.states(latents, cond, latents[..., 0] > 0)
+        one_time = model(x, cond, model.encode_times(t[:1])[0])
+        return torch.stack([model(x, cond, t), one_time])
+
+    block = model.body.blocks[0]
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        whole = run()
+        assert set(seen) == {rows}
+        tokens = model.body.num_tokens
+        monkeypatch.setattr("models.body.IN_CACHE", 4 * tokens * 2 * inner_width(32) * 4 + 5)
+        seen.clear()
+        split = run()
+        assert set(seen) == {4, 2} and sum(seen) % rows == 0  # 3 turns
+        torch.testing.assert_close(split, whole, atol=1e-4, rtol=1e-4)
+        monkeypatch.setattr("models.body.IN_CACHE", 1)  # not one fits
+        seen.clear()
+        torch.testing.assert_close(run(), whole, atol=1e-4, rtol=1e-4)
+        assert set(seen) == {1}
+    seen.clear()
+    run().sum().backward()
+    assert set(seen) == {rows}  # gradients need all of it anyway
 
 
 def count_rows(model, kind, monkeypatch, guidance):

@@ -35,6 +35,18 @@ def test_the_python_of_a_page_runs(page):
         exec(compile(block, page, "exec"), {})
 
 
+def test_the_python_of_the_catalogue_runs():
+    """With what its comment says is there already."""
+    pipe, small_pipe = (TextToImage.from_pretrained("shapes", family="flow") for _ in range(2))
+    prompts = ["a large red circle on a white background"]
+    there = {"pipe": pipe, "small_pipe": small_pipe, "model": pipe.model, "ema": small_pipe.model}
+    there |= {"prompts": prompts, "cond": pipe.encode_prompts(prompts), "seeds": [0]}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/catalogue.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/catalogue.md", "exec"), there)
+
+
 def test_files_and_pictures_of_the_readme_exist():
     targets = re.findall(r"\]\(([^)#:]+)\)", README)
     assert len(targets) >= 5
