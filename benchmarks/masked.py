@@ -163,16 +163,16 @@ def group(batch: int) -> Group:
     ratios = (
         (f"guided, against {AMUSED}", OURS, AMUSED, "1.5"),
         *([(f"guided, against {MUSE}", OURS, MUSE, "1.7")] if MUSE in cases else []),
-        (f"guided in a fixed order, against {AMUSED}", FIXED, AMUSED, "1.5"),
+        (f"guided in a fixed order, against {AMUSED}", FIXED, AMUSED, "-"),
         *(
-            [(f"guided in a fixed order, against {MUSE}", FIXED, MUSE, "1.7")]
+            [(f"guided in a fixed order, against {MUSE}", FIXED, MUSE, "-")]
             if MUSE in cases
             else []
         ),
         ("guided, against unguided", OURS, PLAIN, "-"),
         ("guided from 60 % on, against unguided", LATE, PLAIN, "-"),
     )
-    # of the matrices; attention adds a few percent. The last block and the head are needed for tokens that can be drawn only
+    # of the matrices; attention adds a few percent. Of the last block and the head only tokens that can be drawn are wanted
     rest = WIDTH**2 + 3 * WIDTH * 1024
     a_token = 2 * ((LAYERS - 1) * (3 * WIDTH**2 + rest) + 3 * WIDTH**2)
     drawn = 2 * (rest + WIDTH * VOCABULARY)

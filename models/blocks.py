@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unicfg.sampling.tokens import at_places
+
 
 class KeyValue(NamedTuple):
     """Keys and values of one layer, each (B, heads, tokens, D / heads)."""
@@ -31,7 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def inner_width(width: int) -> int:
-    """Of the feed-forward in a block of this width: 8/3 of it, up to a multiple of 64."""
+    """The width of the feed-forward in a block of width D: 8/3 of it, rounded up to a multiple of 64."""
     return -(-8 * width // (3 * 64)) * 64
 
 
@@ -88,8 +90,7 @@ class Block(nn.Module):
         first, second = modulation if modulation is not None else (None, None)
         q, k, v = self.project(modulate(self.norm1(x), first))
         if places is not None:
-            x = torch.take_along_dim(x, places[..., None], dim=1)
-            q = torch.take_along_dim(q, places[:, None, :, None], dim=2)
+            x, q = at_places(x, places), at_places(q, places, dim=2)
         mixed = self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
         x = x + F.dropout(gate(mixed, first), self.dropout, self.training)
         weight, up = self.gate_up(modulate(self.norm2(x), second)).chunk(2, dim=-1)
@@ -98,7 +99,7 @@ class Block(nn.Module):
 
 
 class AdaLN(NamedTuple):
-    """What a time step does to one half of a block: (B, 1, D) each, or any shape that broadcasts.
+    """What a time step does to one half of a block: (B, 1, D) each, or (1, 1, D) for all rows.
 
     Attributes:
         shift: added to the normed input.

@@ -26,9 +26,9 @@ from models.packed import pack
 from models.recorded import RecordedMethod
 from tokenizers_vq.files import FORMAT_VERSION, check_counts, check_format_version
 
-# bytes of the widest tensor in a block: a larger one has left a CPU's cache when the next operation reads it. Measured
-# with 32 MiB of it for two cores, from 2 to 16 MiB: 4 to 16 are alike
-IN_CACHE = 8 << 20
+# bytes for each thread, of the widest tensor in a block: a larger one has left a CPU's cache when the next operation reads
+# it. Measured on two cores with 32 MiB of cache: 2 to 8 MiB are alike, 1 and 16 slower
+IN_CACHE = 4 << 20
 # far beyond what anyone trains: larger numbers are a damaged or a hostile file
 MOST_WIDTH, MOST_DEPTH, MOST_SIDE = 1 << 16, 512, 256
 
@@ -110,24 +110,33 @@ class Body(nn.Module):
             mask: bool (L, T + L), True where a token may look; None is everywhere.
             modulations: one for each block, from the time.
             places: int64 (B, K), the tokens whose states are wanted; None is all. The last block computes no others.
+
+        On a CPU, without gradients, a block is called more than once where the rows do not fit into its cache.
+
+        Raises:
+            ValueError: if there are both a mask and places.
         """
+        if mask is not None and places is not None:
+            raise ValueError("mask and places are given, expected one of them, or neither")
         encoded, count = self.encode_condition(cond), self._rows_at_once(x)
         if count >= len(x):
             return self._run(x, encoded, mask, modulations, places)
         parts = []
         for start in range(0, len(x), count):
             stop = min(start + count, len(x))
-            own = modulations and [modulation_of_rows(by, start, stop) for by in modulations]
+            own = None
+            if modulations is not None:
+                own = [modulation_of_rows(by, start, stop) for by in modulations]
             there = None if places is None else places[start:stop]
             parts.append(self._run(x[start:stop], encoded.rows(start, stop), mask, own, there))
         return torch.cat(parts)
 
     def _rows_at_once(self, x: Tensor) -> int:
-        """How many rows of x (B, L, D) go through all blocks before the next do: all, in training and on a GPU."""
+        """How many rows of x (B, L, D) go through all blocks before the next do: all on a GPU, and where gradients are kept."""
         if x.device.type != "cpu" or torch.is_grad_enabled() or not len(x):
             return len(x)
         widest = x.shape[1] * 2 * inner_width(x.shape[2]) * x.element_size()
-        turns = -(-len(x) // max(IN_CACHE // widest, 1))
+        turns = -(-len(x) // max(IN_CACHE * torch.get_num_threads() // widest, 1))
         return -(-len(x) // turns)
 
     def _run(
@@ -148,7 +157,10 @@ class Body(nn.Module):
                 return attention(q, k, v, mask)
 
             modulation = modulations[i] if modulations is not None else None
-            x = block(x, attend, modulation, places if i == last else None)
+            if places is None or i < last:
+                x = block(x, attend, modulation)
+            else:
+                x = block(x, attend, modulation, places)
         hidden: Tensor = self.norm(x)
         return hidden
 

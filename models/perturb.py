@@ -13,11 +13,11 @@ import copy
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from models.blocks import Attend, Block, Modulation
 from models.body import Body
+from unicfg.sampling.tokens import at_places
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -34,7 +34,7 @@ class _OwnValue(Block):
     ) -> Tensor:
         def own_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             attend(q, k, v)  # a cache has to move on
-            return v if places is None else torch.take_along_dim(v, places[:, None, :, None], dim=2)
+            return v if places is None else at_places(v, places, dim=2)
 
         return super().forward(x, own_value, modulation, places)
 
@@ -49,7 +49,7 @@ class _Skipped(Block):
         modulation: Modulation | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        return x if places is None else torch.take_along_dim(x, places[..., None], dim=1)
+        return x if places is None else at_places(x, places)
 
 
 def perturb_attention(network: Network, layers: Sequence[int]) -> Network:

@@ -175,8 +175,14 @@ class MaskedTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             logits (B, L, V), or (B, K, V) at ``places``.
 
         Raises:
-            ValueError: if the shapes do not fit the configuration.
+            ValueError: if the shapes do not fit the configuration, or a place is not there.
         """
+        if places is not None and places.device.type == "cpu" and places.numel():
+            low, high = int(places.min()), int(places.max())
+            if low < 0 or high >= self.num_tokens:
+                raise ValueError(
+                    f"places holds {low} to {high}, expected 0 to {self.num_tokens - 1}"
+                )
         x = self.embedding(check_tokens(ids, self.num_tokens)) + self.body.positions()
         logits: Tensor = self.head(self.body(x, cond, None, None, places))
         return logits

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import wrapped
 
 from models.perturb import perturb_attention, skip_layers
-from unicfg import ConditionDropout, Guidance, guide, sample_masked
+from unicfg import Branch, ConditionDropout, Guidance, guide, sample_masked
+from unicfg.guidance import branches as b
 from unicfg.guidance.schedules import interval, linear
 from unicfg.sampling.masked import REVEALS, halton_order, masked_share, reveal_counts
 from unicfg.sampling.randomness import generators, uniform
@@ -331,6 +332,94 @@ def test_only_what_can_be_drawn_is_asked_for():
             assert torch.equal(places[:3], places[3:])  # both branches
 
 
+def test_no_step_asks_for_nothing():
+    """Steps that reveal nothing are run for the direction alone, and everywhere; none after the last token."""
+    init, anew = torch.zeros(3, 16).long(), torch.arange(16) < torch.tensor([[2], [1], [1]])
+    for reveal, s, refresh in itertools.product(("halton", "cosine"), (1.0, 3.0), (1, 2, 3)):
+        model, steps = wrapped("masked"), []
+        asked = Asked(model.model).eval()
+        sample_masked(
+            asked, **OF_THREE, uncond=model.null_condition, init=init, mask=anew, refresh=refresh, steps=6,
+            reveal=reveal, guidance=Guidance(s), callback=steps.append,
+        )  # fmt: skip
+        assert all(places is None or places.shape[1] for places in asked.seen)
+        assert (steps[-1].ids < 24).all() and steps[-1].revealed.any()
+
+
+@pytest.mark.parametrize("scale", [3.0, lambda p: 1.0 if 0.3 < p < 0.7 else 3.0])
+@pytest.mark.parametrize("refresh", [2, 3, 4])
+@pytest.mark.parametrize("reveal", ["halton", "linear"])
+def test_what_is_refreshed_does_not_depend_on_the_masks_of_others(reveal, refresh, scale):
+    """Nor on pauses of guidance in steps that one sample needs and another does not."""
+    model = wrapped("masked")
+    anew = torch.arange(16) < torch.tensor([[16], [3], [2]])
+    init = torch.arange(48).view(3, 16) % 24
+
+    def drawn(rows):
+        return sample_masked(
+            model, OF_THREE["cond"][rows], seeds=rows, init=init[rows], mask=anew[rows], steps=8,
+            refresh=refresh, reveal=reveal, guidance=Guidance(scale),
+        )  # fmt: skip
+
+    together = drawn([0, 1, 2])
+    for row in (0, 1, 2):
+        assert torch.equal(drawn([row])[0], together[row])
+
+
+def test_a_weak_model_of_another_kind_is_asked_in_its_own_way():
+    """One of the two takes places."""
+    model, weak = wrapped("masked"), wrapped("masked", seed=3)
+    drawn = []
+    for kinds in itertools.product((True, False), repeat=2):
+        ours, theirs = (
+            Asked(m.model, told).eval() for m, told in zip((model, weak), kinds, strict=True)
+        )
+        drawn.append(
+            sample_masked(
+                ours, **OF_THREE, guidance=Guidance(b.weak(2.0)), branches={"weak": Branch(model=theirs)}, steps=4
+            )
+        )  # fmt: skip
+    assert all(torch.equal(one, drawn[0]) for one in drawn)
+
+
+@pytest.mark.parametrize("space", [None, "logits"])
+def test_a_mitigation_sees_the_whole_sample_unless_it_is_one_of_logits(space):
+    shapes = []
+
+    class Own:
+        def __call__(self, guided, cond_out, uncond_out):
+            shapes.append(guided.shape[1])
+            return guided
+
+    own = Own()
+    if space is not None:
+        own.space = space
+    steps = []
+    guidance = Guidance(3.0, (own,))
+    sample(Independent(), guidance=guidance, steps=4, reveal="halton", callback=steps.append)
+    assert shapes == ([16] * 4 if space is None else [3, 3, 3, 7])
+    assert [step.guided.shape[1] for step in steps] == [3, 3, 3, 7]
+    plain = sample(Independent(), guidance=Guidance(3.0), steps=4, reveal="halton")
+    assert torch.equal(steps[-1].ids, plain)
+
+
+@pytest.mark.parametrize("refresh", [2, 4])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_held_direction_that_is_no_number_is_not_passed_over(refresh, bad):
+    """At a place that the step does not draw in which it was computed, and the next one does."""
+    (fourth,) = (halton_order(L) == 3).nonzero().flatten().tolist()
+
+    class Breaks(Independent):
+        def forward(self, ids, cond):
+            logits = super().forward(ids, cond).clone()
+            if len(self.seen) == 1:
+                logits[cond[:, 0] == 0, fourth] = bad
+            return logits
+
+    with pytest.raises(FloatingPointError, match=r"NaN or \+inf at step 1, .*\['uncond'\]"):
+        sample(Breaks(), reveal="halton", steps=4, guidance=Guidance(3.0), refresh=refresh)
+
+
 @pytest.mark.parametrize("made", [None, perturb_attention, skip_layers])
 def test_logits_of_some_places_are_those_of_all(made):
     network = wrapped("masked").model
@@ -341,6 +430,12 @@ def test_logits_of_some_places_are_those_of_all(made):
         some, whole = network(ids, OF_THREE["cond"], places), network(ids, OF_THREE["cond"])
     for row, own, everywhere in zip(places, some, whole, strict=True):
         torch.testing.assert_close(own, everywhere[row], atol=1e-5, rtol=1e-5)
+    for beyond in (-1, 16):
+        with pytest.raises(ValueError, match=rf"places holds .*{beyond}.*expected 0 to 15"):
+            network(ids, OF_THREE["cond"], torch.full((3, 1), beyond))
+    mask = torch.ones(16, 19, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask and places"):
+        network.body(torch.zeros(3, 16, 32), OF_THREE["cond"], mask, None, places)
 
 
 # given tokens
@@ -384,8 +479,23 @@ def test_a_model_that_could_draw_the_mask_token_is_refused():
     class Wide(Independent):
         mask_token = V - 1
 
-    with pytest.raises(ValueError, match=rf"expected \(B, L, V\) with V at most {V - 1}"):
+    with pytest.raises(ValueError, match=rf"expected \(B, K, V\) with V at most {V - 1}"):
         sample(Wide())
+
+
+@pytest.mark.parametrize("length", [1, L - 1, L + 3])
+@pytest.mark.parametrize("reveal", ["cosine", "halton"])
+@pytest.mark.parametrize("own", [{}, {"refresh": 2}, {"mitigation": True}])
+def test_a_model_with_logits_of_other_tokens_is_refused(length, reveal, own):
+    """One that returns those of its prefix as well, say; places beyond the end would be taken from the front."""
+
+    class Other(Independent):
+        def forward(self, ids, cond):
+            return torch.zeros(len(ids), length, V)
+
+    guidance = Guidance(3.0, (lambda guided, c, u: guided,) if own.get("mitigation") else ())
+    with pytest.raises(ValueError, match=rf"the model returned .*{length}, 6\)"):
+        sample(Other(), reveal=reveal, guidance=guidance, refresh=own.get("refresh", 1))
 
 
 @pytest.mark.parametrize("branch", [0, 1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from unicfg.guidance.schedules import is_steady
 from unicfg.guidance.spaces import Level
 from unicfg.sampling.randomness import is_count
 from unicfg.sampling.soundness import Watch
+from unicfg.sampling.tokens import at_places
 from unicfg.training.dropout import ConditionDropout, expand_null
 
 
@@ -443,14 +445,23 @@ class WholeGridPass:
         }
         return _Conditions(joint if encode is None else encode(joint), places, {})
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the next call runs all branches for the sake of those that follow."""
-        return self.refresh > 1 and self._calls % self.refresh == 0
+    def refreshes_at(self, progress: float) -> bool:
+        """Whether the next call, at ``progress``, runs all branches for the sake of those that follow."""
+        others = self._others_at(progress)
+        due = self._calls % self.refresh == 0 or any(name not in self._held for name in others)
+        return bool(others) and due
 
-    def pass_over(self) -> None:
+    def pass_over(self, progress: float) -> None:
         """Count a call that is not made, so that what is refreshed does not depend on it."""
         self._calls += 1
+        if not self._others_at(progress):
+            self._held = {}
+
+    def _others_at(self, progress: float) -> list[str]:
+        """The branches beside "cond" whose distance from it is held; none where nothing is."""
+        needed = self.guidance.branches_at(progress)
+        held = self.refresh > 1 and "cond" in needed
+        return [name for name in needed if name != "cond"] if held else []
 
     def __call__(
         self,
@@ -489,14 +500,13 @@ class WholeGridPass:
         places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
-        needed = self.guidance.branches_at(progress)
-        others = [name for name in needed if name != "cond"]
-        fresh = self.is_fresh
+        needed, others = self.guidance.branches_at(progress), self._others_at(progress)
+        fresh = self.refreshes_at(progress)
         self._calls += 1
-        if self.refresh == 1 or not others or "cond" not in needed:
+        if not others:
             self._held = {}
             return self._run(needed, x, rest, t, places)
-        if not fresh and all(name in self._held for name in others):
+        if not fresh:
             cond_out = self._run(("cond",), x, rest, t, places)["cond"]
             held = {name: _at(self._held[name], places) for name in others}
             near = {name: to_dtype(cond_out - held[name], cond_out.dtype) for name in others}
@@ -504,7 +514,7 @@ class WholeGridPass:
         # everywhere: the steps that follow want other places
         outputs = self._run(needed, x, rest, t)
         self._held = {name: _distance(outputs, name) for name in others}
-        return {name: _at(out, places) for name, out in outputs.items()}
+        return {name: _at(out, places, x.shape[1:2]) for name, out in outputs.items()}
 
     def _run(
         self,
@@ -529,12 +539,12 @@ class WholeGridPass:
                         if known is None
                         else known
                     )
+                own = (torch.cat([x] * count), encoded.of(names), *more)
                 wanted = None if places is None else torch.cat([places] * count)
-                told = (
-                    {} if wanted is None or not _takes_places(group.network) else {"places": wanted}
-                )
-                out = group.network(torch.cat([x] * count), encoded.of(names), *more, **told)
-                out = out if told else _at(out, wanted)
+                if wanted is not None and _takes_places(group.network):
+                    out = group.network(*own, places=wanted)
+                else:
+                    out = _at(group.network(*own), wanted, x.shape[1:2])
                 parts.update(zip(names, out.split(self.batch), strict=True))
         return {name: parts[name] for name in needed}
 
@@ -547,19 +557,27 @@ def _takes_places(network: Any) -> bool:
         return False
 
 
-def _at(out: Tensor, places: Tensor | None) -> Tensor:
-    """Outputs (R, L, ...) at places (R, K): (R, K, ...)."""
-    # one of another shape is for the sampler to refuse
-    if places is None or out.ndim < 3 or len(out) != len(places):
+def _at(out: Tensor, places: Tensor | None, tokens: Sequence[int] | None = None) -> Tensor:
+    """Outputs (R, L, ...) at places (R, K): (R, K, ...). With ``tokens``, (L,), others are refused."""
+    if places is None:
         return out
-    return torch.take_along_dim(out, places.view(*places.shape, *[1] * (out.ndim - 2)), dim=1)
+    if tokens is not None and (out.ndim < 3 or out.shape[:2] != (len(places), *tokens)):
+        expected = ", ".join(map(str, (len(places), *tokens)))
+        raise ValueError(
+            f"the model returned {tuple(out.shape)}, expected ({expected}, V): logits of each token"
+        )
+    return at_places(out, places)
 
 
 def _distance(outputs: Mapping[str, Tensor], name: str) -> Tensor:
     """How far the conditional output is from another one; 0 where a mask in either leaves no distance."""
     precise = torch.promote_types(outputs["cond"].dtype, torch.float32)
-    distance = outputs["cond"].to(precise) - outputs[name].to(precise)
-    return distance.masked_fill(~distance.isfinite(), 0.0)
+    both = [outputs[key].to(precise) for key in ("cond", name)]
+    distance = both[0] - both[1]
+    distance = distance.masked_fill(~distance.isfinite(), 0.0)
+    # what is no number is none in the steps that follow, either: they may be the first to want this place
+    unsound = ~(both[0] < math.inf) | ~(both[1] < math.inf)
+    return distance.masked_fill(unsound, math.nan)
 
 
 def _own_form(network: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from unicfg.guidance.core import Guidance, Scale
 from unicfg.sampling.branches import (
     Branch,
+    Guided,
     OfBranches,
     WholeGridPass,
     begin_guidance,
@@ -28,7 +29,7 @@ from unicfg.sampling.branches import (
 from unicfg.sampling.randomness import check_seeds, generators, uniform
 from unicfg.sampling.solvers import check_steps
 from unicfg.sampling.soundness import Watch
-from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, draw
+from unicfg.sampling.tokens import ALL_MASKED, TokenFilter, at_places, draw
 from unicfg.training.dropout import ConditionDropout
 
 Reveal = Literal["cosine", "linear", "arccos", "halton"]
@@ -52,7 +53,7 @@ class MaskedModel(Protocol):
         """The id that stands for an unknown token."""
 
     def __call__(self, ids: Tensor, cond: Any) -> Tensor:
-        """Logits (R, L, V) of ids (R, L)."""
+        """Logits (R, L, V) of ids (R, L); (R, K, V) where it takes ``places`` (R, K) and they are given."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class UnmaskingStep(OfBranches):
         scale: s at this step: a float or (B,).
         ids: tokens (B, L); ``mask_token`` where still unknown.
         revealed: bool (B, L), True at the tokens that this step has revealed.
-        places: int64 (B, K), the tokens that the model was asked for: those that the fixed order reveals, or all among which
-            confidence chooses. A sample with fewer of them than another has some that are not masked at the end of its row.
+        places: int64 (B, K), the tokens that the step may draw: those that the fixed order reveals, or all among which
+            confidence chooses. A sample that has fewer than another has tokens at the end of its row that it does not draw.
         guided: guided logits (B, K, V), of these.
         outputs: logits (B, K, V) of each branch that the step needed.
     """
@@ -135,8 +136,8 @@ def sample_masked(
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, ``guidance`` no ``Guidance``, or ``model`` no masked model.
-        FloatingPointError: if an output holds NaN or +inf, or leaves no token to draw; names the step, the branch and the
-            samples.
+        FloatingPointError: if an output holds NaN or +inf where a token may be drawn, or leaves none to draw; names the
+            step, the branch and the samples.
 
     Example:
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
@@ -155,9 +156,10 @@ def sample_masked(
     counts = torch.stack(reveal_counts(masked.sum(1), steps, reveal))  # (S, B)
     fixed = reveal == "halton"
     # a fixed order is known before the step: nothing else need be asked for
-    asked = counts if fixed else counts.flip(0).cumsum(0).flip(0)
+    left = counts.flip(0).cumsum(0).flip(0)
+    asked = counts if fixed else left
     # one look at a GPU, not one a step
-    most, sizes = torch.stack([counts.amax(1), asked.amax(1)]).tolist()
+    most, sizes, remaining = torch.stack([x.amax(1) for x in (counts, asked, left)]).tolist()
     if not any(most):
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
@@ -167,6 +169,8 @@ def sample_masked(
     # the others of its batch
     passes = [p for p, runs in zip(progresses, most, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
+    # another mitigation may look at the whole sample
+    by_row = all(getattr(own, "space", None) == "logits" for own in guidance.mitigations)
     watch = Watch(cond.device)
     run = WholeGridPass(groups, guidance, batch, refresh=refresh, watch=watch)
     columns = torch.arange(network.num_tokens, device=cond.device)
@@ -174,13 +178,18 @@ def sample_masked(
     for index, progress in enumerate(progresses):
         # before an idle step is passed over: it may be idle here, and not in a batch with other masks
         noise = uniform(sources, (2, network.num_tokens)).to(cond.device, non_blocking=True)
-        if not most[index] and not run.is_fresh:
-            run.pass_over()
+        if not remaining[index]:
+            break
+        if not most[index] and not run.refreshes_at(progress):
+            run.pass_over(progress)
             continue
         places = ranks.masked_fill(~masked, len(ranks)).argsort(dim=1)[:, : sizes[index]]
         # a sample that asks for fewer than another has some at the end that are not its own to draw
         own = columns[: sizes[index]] < asked[index][:, None]
-        guided = run(progress, f"step {index}", ids, places=places)
+        guided = run(progress, f"step {index}", ids, places=places if by_row else None)
+        if not by_row:
+            _check_logits(guided.out, ids, network.mask_token)
+            guided = _guided_at(guided, places)
         _check_logits(guided.out, places, network.mask_token)
         none = (guided.out.amax(-1).isneginf() & own).any(1)
         watch.see(f"no token can be drawn at step {index}", none, ALL_MASKED)
@@ -283,9 +292,14 @@ def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
 def _check_logits(logits: Tensor, places: Tensor, mask_token: int) -> None:
     if logits.ndim != 3 or logits.shape[:2] != places.shape or logits.shape[2] > mask_token:
         raise ValueError(
-            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, L, V) with V at "
+            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, K, V) with V at "
             f"most {mask_token}, the id that stands for an unknown token"
         )
+
+
+def _guided_at(guided: Guided, places: Tensor) -> Guided:
+    outputs = {name: at_places(out, places) for name, out in guided.outputs.items()}
+    return guided._replace(out=at_places(guided.out, places), outputs=outputs)
 
 
 def _start(

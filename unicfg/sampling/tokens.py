@@ -76,6 +76,13 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+def at_places(x: Tensor, places: Tensor, dim: int = 1) -> Tensor:
+    """The entries of x (B, ...) at ``places`` int64 (B, K), 0 to L - 1, in its dimension ``dim`` of L entries."""
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = places.shape
+    return torch.take_along_dim(x, places.view(shape), dim=dim)
+
+
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Invert the cumulative distribution: one uniform number a token.
 
