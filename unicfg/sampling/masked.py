@@ -155,8 +155,8 @@ def sample_masked(
     steps = min(steps, network.num_tokens)
     counts = torch.stack(reveal_counts(masked.sum(1), steps, reveal))  # (S, B)
     fixed = reveal == "halton"
-    # a fixed order is known before the step: nothing else need be asked for
     left = counts.flip(0).cumsum(0).flip(0)
+    # a fixed order is known before the step: nothing else need be asked for
     asked = counts if fixed else left
     # one look at a GPU, not one a step
     most, sizes, remaining = torch.stack([x.amax(1) for x in (counts, asked, left)]).tolist()
