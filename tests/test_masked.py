@@ -334,8 +334,9 @@ def test_only_what_can_be_drawn_is_asked_for():
 
 def test_no_step_asks_for_nothing():
     """Steps that reveal nothing are run for the direction alone, and everywhere; none after the last token."""
-    init, anew = torch.zeros(3, 16).long(), torch.arange(16) < torch.tensor([[2], [1], [1]])
-    for reveal, s, refresh in itertools.product(("halton", "cosine"), (1.0, 3.0), (1, 2, 3)):
+    # "linear" has drawn all four of the first sample before its last step, see above
+    init, anew = torch.zeros(3, 16).long(), torch.arange(16) < torch.tensor([[4], [1], [1]])
+    for reveal, s, refresh in itertools.product(("halton", "linear"), (1.0, 3.0), (1, 2, 3, 5)):
         model, steps = wrapped("masked"), []
         asked = Asked(model.model).eval()
         sample_masked(
@@ -599,6 +600,21 @@ def test_a_row_without_any_token_stops_with_the_step():
     model.table[1, 3] = -math.inf
     with pytest.raises(FloatingPointError, match="no token can be drawn at step 0"):
         sample(model, steps=3)
+
+
+@pytest.mark.parametrize("reveal", ["cosine", "halton"])
+def test_a_row_without_any_token_is_of_no_matter_where_none_is_drawn(reveal):
+    """The second sample keeps all tokens but the first; the other has six to draw."""
+    model = Independent()
+    model.table[2, 1:] = -math.inf
+    anew = torch.arange(L) < torch.tensor([[6], [1]])
+    cond, init = torch.tensor([[1], [2]]), torch.zeros(2, L, dtype=torch.long)
+    steps = []
+    sample_masked(
+        model, cond, seeds=[0, 1], init=init, mask=anew, steps=2, reveal=reveal, callback=steps.append
+    )  # fmt: skip
+    assert all(step.places.shape[1] > 1 for step in steps)
+    assert not bool(steps[-1].ids[1, 1:].any()) and int(steps[-1].ids.max()) < V
 
 
 @pytest.mark.parametrize(("branch", "row"), [("cond", 1), ("uncond", 0)])

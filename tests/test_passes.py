@@ -7,7 +7,7 @@ import torch
 from test_families import COND, draw
 from tiny import network, wrapped
 
-from unicfg import Guidance, guide, sample_diffusion, sample_masked
+from unicfg import Branch, Guidance, guide, sample_diffusion, sample_masked
 from unicfg.guidance import branches as b
 from unicfg.guidance.schedules import interval
 from unicfg.sampling import cosine
@@ -73,14 +73,21 @@ def test_a_pause_of_guidance_forgets_the_direction():
 
 def test_three_branches_are_held_as_two_are():
     model = Linear()
-    from unicfg import Branch
-
     guidance = Guidance(b.negative(3.0, 1.0))
     options = {"branches": {"negative": Branch(cond=torch.tensor([0.1]))}}
     out = run(model, guidance, refresh=2, steps=4, **options)
     assert model.rows == [6, 2, 6, 2]
     same = run(Linear(), guidance, steps=4, **options)
     torch.testing.assert_close(out, same, atol=1e-5, rtol=1e-5)
+
+
+def test_a_branch_that_joins_between_two_refreshes_is_run_at_once():
+    model = Linear()
+    guidance = Guidance(b.negative(3.0, interval(1.0, 0.5, 1.0, outside=0.0)))
+    options = {"branches": {"negative": Branch(cond=torch.tensor([0.1]))}}
+    out = run(model, guidance, refresh=4, **options)
+    assert model.rows == [4, 2, 2, 6, 6, 2, 2]
+    torch.testing.assert_close(out, run(Linear(), guidance, **options), atol=1e-5, rtol=1e-5)
 
 
 def test_masked_logits_stay_masked_where_the_direction_is_held():
