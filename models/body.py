@@ -314,6 +314,18 @@ class Body(nn.Module):
         return hidden
 
 
+def check_places(places: Tensor | None, tokens: int) -> None:
+    """Refuse places (B, K) of which a sequence has none; elsewhere than on a CPU the check would stall the device.
+
+    Raises:
+        ValueError: if one is not from 0 to ``tokens`` - 1.
+    """
+    if places is not None and places.device.type == "cpu" and places.numel():
+        low, high = int(places.min()), int(places.max())
+        if low < 0 or high >= tokens:
+            raise ValueError(f"places holds {low} to {high}, expected 0 to {tokens - 1}")
+
+
 def _halves(held: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Keys and values."""
     return tuple(held[::2]), tuple(held[1::2])

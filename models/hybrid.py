@@ -21,7 +21,15 @@ from models.blocks import (
     TimeEmbedding,
     modulate,
 )
-from models.body import MOST_DEPTH, MOST_WIDTH, Body, BodyConfig, initialize, previous_tokens
+from models.body import (
+    MOST_DEPTH,
+    MOST_WIDTH,
+    Body,
+    BodyConfig,
+    check_places,
+    initialize,
+    previous_tokens,
+)
 from models.compiled import compiled_method
 from models.denoiser import check_path_and_space
 from models.packed import pack
@@ -294,7 +302,11 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         return previous_tokens(self.start, embedded, self.body.positions(), first)
 
     def states(
-        self, latents: Tensor, cond: Tensor | EncodedCondition, known: Tensor | None = None
+        self,
+        latents: Tensor,
+        cond: Tensor | EncodedCondition,
+        known: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of all tokens, from which the head draws them.
 
@@ -302,12 +314,13 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
             latents: (B, L, C).
             cond: condition ids (B, T), or what ``encode_condition`` made of them.
             known: bool (B, L), True where the latent may be seen; needed by the masked order only.
+            places: with the masked order, int64 (B, K), the tokens whose states are wanted, 0 to L - 1; None is all.
 
         Returns:
-            (B, L, D); with the causal order entry i has seen the latents before i.
+            (B, L, D), or (B, K, D) at ``places``; with the causal order entry i has seen the latents before i.
 
         Raises:
-            ValueError: if the shapes do not fit, or ``known`` is missing or not wanted.
+            ValueError: if the shapes do not fit, ``known`` is missing or not wanted, or ``places`` are not there.
         """
         expected = (self.num_tokens, self.config.latent_channels)
         if latents.shape[1:] != expected:
@@ -319,10 +332,13 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
                 f"known is {'missing' if known is None else 'given'}, expected it with the masked "
                 f"order only; this model's is {self.order}"
             )
+        check_places(places, self.num_tokens)
         if known is None:
+            if places is not None:
+                raise ValueError("places is given, expected it with the masked order only")
             return self.body.forward_causal(self._causal_inputs(latents[:, :-1], 0), cond)
         x = torch.where(known[..., None], self._embed(latents), self.start)
-        states: Tensor = self.body(x + self.body.positions(), cond)
+        states: Tensor = self.body(x + self.body.positions(), cond, None, None, places)
         return states
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import EncodedCondition, KVCache
-from models.body import Body, BodyConfig, initialize, previous_tokens
+from models.body import Body, BodyConfig, check_places, initialize, previous_tokens
 from models.packed import pack
 from tokenizers_vq.files import check_counts
 from tokenizers_vq.hub import StrictHubMixin
@@ -177,12 +177,7 @@ class MaskedTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         Raises:
             ValueError: if the shapes do not fit the configuration, or a place is not there.
         """
-        if places is not None and places.device.type == "cpu" and places.numel():
-            low, high = int(places.min()), int(places.max())
-            if low < 0 or high >= self.num_tokens:
-                raise ValueError(
-                    f"places holds {low} to {high}, expected 0 to {self.num_tokens - 1}"
-                )
+        check_places(places, self.num_tokens)
         x = self.embedding(check_tokens(ids, self.num_tokens)) + self.body.positions()
         logits: Tensor = self.head(self.body(x, cond, None, None, places))
         return logits

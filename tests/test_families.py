@@ -155,6 +155,38 @@ def test_rows_that_go_through_a_few_at_a_time_are_as_all_at_once(family, monkeyp
     assert set(seen) == {rows}  # gradients need all of it anyway
 
 
+def test_a_hybrid_in_sets_is_asked_for_the_states_of_the_set():
+    """One that cannot be told draws the same; so does the last block, which computes no others."""
+    model, seen = wrapped("hybrid masked"), []
+
+    class Plain:
+        head, order, num_tokens = model.model.head, "masked", 16
+        encode_condition = staticmethod(model.model.encode_condition)
+
+        def states(self, latents, cond, known):
+            return model.model.states(latents, cond, known)
+
+    class Told(Plain):
+        def states(self, latents, cond, known, places=None):
+            seen.append(tuple(places.shape))
+            return model.model.states(latents, cond, known, places)
+
+    options = {
+        "seeds": SEEDS,
+        "uncond": model.null_condition,
+        "guidance": Guidance(3.0),
+        "steps": 4,
+    }
+    drawn = [sample_hybrid(own, COND, passes=4, **options) for own in (Plain(), Told(), model)]
+    assert close(drawn[1], drawn[0]) and close(drawn[2], drawn[0])
+    assert [rows for rows, _ in seen] == [6] * 4 and sum(k for _, k in seen) == 16
+    latents, known = drawn[0], torch.ones(3, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match="places holds 16 to 16, expected 0 to 15"):
+        model.model.states(latents, COND, known, torch.full((3, 1), 16))
+    with pytest.raises(ValueError, match="places is given, expected it with the masked order"):
+        network("hybrid").states(latents, COND, None, torch.zeros(3, 1, dtype=torch.long))
+
+
 def count_rows(model, kind, monkeypatch, guidance):
     """Rows of every pass through the body, condition prefixes apart."""
     rows = []

@@ -541,7 +541,7 @@ class WholeGridPass:
                     )
                 own = (torch.cat([x] * count), encoded.of(names), *more)
                 wanted = None if places is None else torch.cat([places] * count)
-                if wanted is not None and _takes_places(group.network):
+                if wanted is not None and takes_places(group.network):
                     out = group.network(*own, places=wanted)
                 else:
                     out = _at(group.network(*own), wanted, x.shape[1:2])
@@ -549,7 +549,8 @@ class WholeGridPass:
         return {name: parts[name] for name in needed}
 
 
-def _takes_places(network: Any) -> bool:
+def takes_places(network: Any) -> bool:
+    """Whether a network, or any callable, can be told which tokens are wanted of it."""
     called = network.forward if isinstance(network, nn.Module) else network
     try:
         return "places" in inspect.signature(called).parameters

@@ -28,6 +28,7 @@ from unicfg.sampling.branches import (
     network_and_null,
     plan,
     require,
+    takes_places,
 )
 from unicfg.sampling.masked import reveal_counts
 from unicfg.sampling.randomness import check_seeds, generators, normal
@@ -43,6 +44,7 @@ from unicfg.sampling.solvers import (
     time_grid,
 )
 from unicfg.sampling.soundness import LATENTS, Watch
+from unicfg.sampling.tokens import at_places
 from unicfg.training.dropout import ConditionDropout
 
 Denoise = Callable[[Tensor], Tensor]
@@ -77,7 +79,10 @@ class HybridModel(Protocol):
         """What ``states`` needs to know of the condition (R, T), once per sampling."""
 
     def states(self, latents: Tensor, cond: Any, known: Tensor | None) -> Tensor:
-        """Hidden states (R, L, D) of latents (R, L, C), of which ``known`` (R, L) may be seen."""
+        """Hidden states (R, L, D) of latents (R, L, C), of which ``known`` (R, L) may be seen.
+
+        It may take ``places`` (R, K), the tokens whose states (R, K, D) are wanted.
+        """
 
 
 @dataclass(frozen=True)
@@ -332,12 +337,7 @@ def _masked_turns(
     run = WholeGridPass(of_states, guidance, batch)
     for index, progress in enumerate(progresses):
         places = orders[:, edges[index] : edges[index + 1]]
-        states = run.branches(progress, latents, known)
-        chosen = {
-            name: torch.gather(state, 1, _wide(places, state.shape[2]))
-            for name, state in states.items()
-        }
-        yield _Turn(index, progress, places, chosen)
+        yield _Turn(index, progress, places, run.branches(progress, latents, known, places=places))
 
 
 @dataclass(frozen=True)
@@ -353,8 +353,13 @@ class _States:
         own = getattr(self.network, "for_sampling", None)
         return self if own is None else _States(own())
 
-    def __call__(self, latents: Tensor, cond: Any, known: Tensor) -> Tensor:
-        states: Tensor = self.network.states(latents, cond, known)
+    def __call__(
+        self, latents: Tensor, cond: Any, known: Tensor, places: Tensor | None = None
+    ) -> Tensor:
+        if places is not None and not takes_places(self.network.states):
+            return at_places(self.network.states(latents, cond, known), places)
+        own = {} if places is None else {"places": places}
+        states: Tensor = self.network.states(latents, cond, known, **own)
         return states
 
 
