@@ -111,14 +111,18 @@ class Body(nn.Module):
             modulations: one for each block, from the time.
             places: int64 (B, K), the tokens whose states are wanted; None is all. The last block computes no others.
 
-        On a CPU, without gradients, a block is called more than once where the rows do not fit into its cache.
+        On a CPU, without gradients, rows go through the blocks a few at a time, see ``IN_CACHE``.
 
         Raises:
-            ValueError: if there are both a mask and places.
+            ValueError: if there are both a mask and places, or the condition has another number of rows.
         """
         if mask is not None and places is not None:
             raise ValueError("mask and places are given, expected one of them, or neither")
         encoded, count = self.encode_condition(cond), self._rows_at_once(x)
+        if len(encoded.layers[0].key) != len(x):
+            raise ValueError(
+                f"cond has {len(encoded.layers[0].key)} rows, expected {len(x)}, one for each row of tokens"
+            )
         if count >= len(x):
             return self._run(x, encoded, mask, modulations, places)
         parts = []
@@ -314,13 +318,19 @@ class Body(nn.Module):
         return hidden
 
 
-def check_places(places: Tensor | None, tokens: int) -> None:
-    """Refuse places (B, K) of which a sequence has none; elsewhere than on a CPU the check would stall the device.
+def check_places(places: Tensor | None, rows: int, tokens: int) -> None:
+    """Refuse places that are not (``rows``, K), or name a token that is not there.
 
     Raises:
-        ValueError: if one is not from 0 to ``tokens`` - 1.
+        ValueError: if the shape is another, or one is not from 0 to ``tokens`` - 1.
     """
-    if places is not None and places.device.type == "cpu" and places.numel():
+    if places is None:
+        return
+    if places.ndim != 2 or len(places) != rows or places.dtype != torch.long:
+        raise ValueError(
+            f"places is {tuple(places.shape)} of {places.dtype}, expected ({rows}, K) of torch.int64"
+        )
+    if places.device.type == "cpu" and places.numel():  # elsewhere it would stall the device
         low, high = int(places.min()), int(places.max())
         if low < 0 or high >= tokens:
             raise ValueError(f"places holds {low} to {high}, expected 0 to {tokens - 1}")

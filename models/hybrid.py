@@ -332,7 +332,7 @@ class HybridTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
                 f"known is {'missing' if known is None else 'given'}, expected it with the masked "
                 f"order only; this model's is {self.order}"
             )
-        check_places(places, self.num_tokens)
+        check_places(places, len(latents), self.num_tokens)
         if known is None:
             if places is not None:
                 raise ValueError("places is given, expected it with the masked order only")

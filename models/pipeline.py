@@ -252,7 +252,8 @@ class TextToImage:
         """About how many bytes a batch takes besides the weights: caches, hidden states, logits and pixels.
 
         The keys and values of a cached family are exact; the rest is counted from the sizes of the largest tensors that
-        can be alive together: with the shipped shapes weights, 1.2 to 3.5 times the measured peak at 64 and 256 images.
+        can be alive together, as if all rows went through a block at once, which on a CPU they do not: with the shipped
+        shapes weights, 1.2 to 3.5 times the measured peak at 64 and 256 images.
 
         Args:
             images: of one batch.

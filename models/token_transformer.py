@@ -177,7 +177,7 @@ class MaskedTransformer(nn.Module, StrictHubMixin, library_name="unicfg", tags=[
         Raises:
             ValueError: if the shapes do not fit the configuration, or a place is not there.
         """
-        check_places(places, self.num_tokens)
+        check_places(places, len(ids), self.num_tokens)
         x = self.embedding(check_tokens(ids, self.num_tokens)) + self.body.positions()
         logits: Tensor = self.head(self.body(x, cond, None, None, places))
         return logits

@@ -150,6 +150,9 @@ def test_rows_that_go_through_a_few_at_a_time_are_as_all_at_once(family, monkeyp
         seen.clear()
         torch.testing.assert_close(run(), whole, atol=1e-4, rtol=1e-4)
         assert set(seen) == {1}
+        # not cut off at the rows that are wanted
+        with pytest.raises(ValueError, match="cond has 20 rows, expected 10"):
+            model.body(torch.zeros(rows, tokens, 32), torch.cat([cond, cond]))
     seen.clear()
     run().sum().backward()
     assert set(seen) == {rows}  # gradients need all of it anyway

@@ -434,6 +434,9 @@ def test_logits_of_some_places_are_those_of_all(made):
     for beyond in (-1, 16):
         with pytest.raises(ValueError, match=rf"places holds .*{beyond}.*expected 0 to 15"):
             network(ids, OF_THREE["cond"], torch.full((3, 1), beyond))
+    for wrong in (places[:2], places.int(), places[0]):
+        with pytest.raises(ValueError, match=r"places is .*, expected \(3, K\) of torch.int64"):
+            network(ids, OF_THREE["cond"], wrong)
     mask = torch.ones(16, 19, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask and places"):
         network.body(torch.zeros(3, 16, 32), OF_THREE["cond"], mask, None, places)
@@ -480,8 +483,18 @@ def test_a_model_that_could_draw_the_mask_token_is_refused():
     class Wide(Independent):
         mask_token = V - 1
 
-    with pytest.raises(ValueError, match=rf"expected \(B, K, V\) with V at most {V - 1}"):
+    with pytest.raises(ValueError, match=rf"expected \(B, tokens, V\) with V at most {V - 1}"):
         sample(Wide())
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_a_model_that_is_told_the_places_and_gives_all_is_refused(refresh):
+    class Deaf(Independent):
+        def forward(self, ids, cond, places=None):
+            return super().forward(ids, cond)
+
+    with pytest.raises(ValueError, match=r"the model returned \(\d, 16, 6\), expected \(\d, 3, "):
+        sample(Deaf(), reveal="halton", steps=4, guidance=Guidance(3.0), refresh=refresh)
 
 
 @pytest.mark.parametrize("length", [1, L - 1, L + 3])

@@ -51,7 +51,7 @@ class Combination(Protocol):
         """The samples that need one of these branches only, bool (B,) or (1,); None where all samples are alike."""
 
     def combine(self, progress: float, outputs: Mapping[str, Tensor]) -> Tensor:
-        """The guided output (B, ...) of these branches."""
+        """The guided output (B, ...) of these branches; in masked sampling (B, K, V), of the tokens of the step."""
 
     def fixed_at(self, progress: float) -> Combination:
         """The same, at every step as it is at ``progress``."""

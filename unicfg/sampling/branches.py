@@ -447,7 +447,9 @@ class WholeGridPass:
 
     def refreshes_at(self, progress: float) -> bool:
         """Whether the next call, at ``progress``, runs all branches for the sake of those that follow."""
-        others = self._others_at(progress)
+        return self._is_due(self._others_at(progress))
+
+    def _is_due(self, others: Sequence[str]) -> bool:
         due = self._calls % self.refresh == 0 or any(name not in self._held for name in others)
         return bool(others) and due
 
@@ -459,9 +461,10 @@ class WholeGridPass:
 
     def _others_at(self, progress: float) -> list[str]:
         """The branches beside "cond" whose distance from it is held; none where nothing is."""
+        if self.refresh == 1:
+            return []
         needed = self.guidance.branches_at(progress)
-        held = self.refresh > 1 and "cond" in needed
-        return [name for name in needed if name != "cond"] if held else []
+        return [name for name in needed if name != "cond"] if "cond" in needed else []
 
     def __call__(
         self,
@@ -501,7 +504,7 @@ class WholeGridPass:
     ) -> dict[str, Tensor]:
         """Outputs of the branches that ``progress`` needs, in as few calls as there are networks."""
         needed, others = self.guidance.branches_at(progress), self._others_at(progress)
-        fresh = self.refreshes_at(progress)
+        fresh = self._is_due(others)
         self._calls += 1
         if not others:
             self._held = {}
@@ -543,6 +546,7 @@ class WholeGridPass:
                 wanted = None if places is None else torch.cat([places] * count)
                 if wanted is not None and takes_places(group.network):
                     out = group.network(*own, places=wanted)
+                    _check_tokens(out, tuple(wanted.shape))
                 else:
                     out = _at(group.network(*own), wanted, x.shape[1:2])
                 parts.update(zip(names, out.split(self.batch), strict=True))
@@ -562,12 +566,17 @@ def _at(out: Tensor, places: Tensor | None, tokens: Sequence[int] | None = None)
     """Outputs (R, L, ...) at places (R, K): (R, K, ...). With ``tokens``, (L,), others are refused."""
     if places is None:
         return out
-    if tokens is not None and (out.ndim < 3 or out.shape[:2] != (len(places), *tokens)):
-        expected = ", ".join(map(str, (len(places), *tokens)))
-        raise ValueError(
-            f"the model returned {tuple(out.shape)}, expected ({expected}, V): logits of each token"
-        )
+    if tokens is not None:
+        _check_tokens(out, (len(places), *tokens))
     return at_places(out, places)
+
+
+def _check_tokens(out: Tensor, expected: tuple[int, ...]) -> None:
+    if out.ndim < 3 or tuple(out.shape[:2]) != expected:
+        raise ValueError(
+            f"the model returned {tuple(out.shape)}, expected ({', '.join(map(str, expected))}, ...), an output for each "
+            "token of each row: rows are those of all branches in the pass"
+        )
 
 
 def _distance(outputs: Mapping[str, Tensor], name: str) -> Tensor:

@@ -61,7 +61,8 @@ class UnmaskingStep(OfBranches):
     """What a callback sees after each pass.
 
     Attributes:
-        index: of the step, 0 to steps - 1; steps that reveal no token in any sample are left out.
+        index: of the step, 0 to steps - 1; steps that reveal no token in any sample are left out, unless they refresh a
+            direction that is held.
         progress: what the schedule has revealed before the step, as a share of what it has before the last one: 0.0 at
             the first step, 1.0 at the last, 0.0 at an only one; the same for all samples whatever their masks.
         scale: s at this step: a float or (B,).
@@ -136,8 +137,8 @@ def sample_masked(
     Raises:
         ValueError: if seeds, shapes or ranges do not fit, or guidance needs a null condition and there is none.
         TypeError: if a seed is no int, ``guidance`` no ``Guidance``, or ``model`` no masked model.
-        FloatingPointError: if an output holds NaN or +inf where a token may be drawn, or leaves none to draw; names the
-            step, the branch and the samples.
+        FloatingPointError: if an output holds NaN or +inf where a token may be drawn (in a sample that has fewer left than
+            another also where it keeps one), or leaves none to draw; names the step, the branch and the samples.
 
     Example:
         >>> ids = sample_masked(wrapped, cond, guidance=Guidance(3.0), seeds=[0, 1], steps=8)
@@ -170,7 +171,7 @@ def sample_masked(
     passes = [p for p, runs in zip(progresses, most, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
     # another mitigation may look at the whole sample
-    by_row = all(getattr(own, "space", None) == "logits" for own in guidance.mitigations)
+    by_row = all(getattr(m, "space", None) == "logits" for m in guidance.mitigations)
     watch = Watch(cond.device)
     run = WholeGridPass(groups, guidance, batch, refresh=refresh, watch=watch)
     columns = torch.arange(network.num_tokens, device=cond.device)
@@ -185,22 +186,22 @@ def sample_masked(
             continue
         places = ranks.masked_fill(~masked, len(ranks)).argsort(dim=1)[:, : sizes[index]]
         # a sample that asks for fewer than another has some at the end that are not its own to draw
-        own = columns[: sizes[index]] < asked[index][:, None]
+        drawable = columns[: sizes[index]] < asked[index][:, None]
         guided = run(progress, f"step {index}", ids, places=places if by_row else None)
         if not by_row:
             _check_logits(guided.out, ids, network.mask_token)
             guided = _guided_at(guided, places)
         _check_logits(guided.out, places, network.mask_token)
-        none = (guided.out.amax(-1).isneginf() & own).any(1)
+        none = (guided.out.amax(-1).isneginf() & drawable).any(1)
         watch.see(f"no token can be drawn at step {index}", none, ALL_MASKED)
         drawn = draw(choose(guided.out), noise[:, 0].gather(1, places))
-        kept = own
+        kept = drawable
         if not fixed:
             # of the guided softmax itself: after temperature and filters every token may be certain
             chosen = guided.out.double().log_softmax(-1).gather(-1, drawn[..., None])
             gumbel = -(-noise[:, 1].gather(1, places).clamp(min=1e-300).log()).log()
             score = chosen.squeeze(-1) + choice_noise * (1 - (index + 1) / steps) * gumbel
-            kept = _highest(score, own, counts[index])
+            kept = _highest(score, drawable, counts[index])
         ids = ids.scatter(1, places, drawn.where(kept, ids.gather(1, places)))
         revealed = torch.zeros_like(masked).scatter(1, places, kept)
         masked = masked & ~revealed
@@ -292,7 +293,7 @@ def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
 def _check_logits(logits: Tensor, places: Tensor, mask_token: int) -> None:
     if logits.ndim != 3 or logits.shape[:2] != places.shape or logits.shape[2] > mask_token:
         raise ValueError(
-            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, K, V) with V at "
+            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, tokens, V) with V at "
             f"most {mask_token}, the id that stands for an unknown token"
         )
 

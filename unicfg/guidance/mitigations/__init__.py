@@ -4,7 +4,8 @@ A mitigation is a callable ``(guided, cond_out, uncond_out) -> guided``. It may 
 coordinates it is meant (see :mod:`unicfg.guidance.spaces`, or "logits"); ``Guidance`` then converts all three outputs
 to that space and the result back, so that it does the same whatever the model predicts. Without the attribute it sees
 the outputs as they are. One with the space "logits" treats each row of V by itself: in masked sampling it is given those
-of the step only, (B, K, V), and one without the attribute all, (B, L, V). A new one goes beside its kind: a frozen dataclass with a ``space`` and a ``__call__``.
+of the step only, (B, K, V), and one without the attribute all, (B, L, V). A new one goes beside its kind: a frozen
+dataclass with a ``space`` and a ``__call__``.
 
 None of them is told s: they see ``guided - cond_out``, which is (s - 1) times the direction.
 """
