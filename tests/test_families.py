@@ -190,6 +190,23 @@ def test_a_hybrid_in_sets_is_asked_for_the_states_of_the_set():
         network("hybrid").states(latents, COND, None, torch.zeros(3, 1, dtype=torch.long))
 
 
+def test_each_token_of_a_hybrid_in_sets_starts_from_its_own_noise():
+    """And from that of its place, whichever set it is drawn in: other numbers of sets only change the order."""
+    model, starts = wrapped("hybrid masked"), []
+    for passes in (4, 7):
+        turns, firsts = [], []
+        sample_hybrid(
+            model, COND, seeds=SEEDS, passes=passes, steps=2,
+            callback=turns.append, head_callback=lambda s, firsts=firsts: firsts.append(s),
+        )  # fmt: skip
+        noise = torch.zeros(3, 16, 2)
+        for turn, first in zip(turns, [s for s in firsts if s.index == 0], strict=True):
+            noise.scatter_(1, turn.places[..., None].expand(-1, -1, 2), first.x)
+        assert len(noise.flatten().unique()) == noise.numel()
+        starts.append(noise)
+    assert torch.equal(*starts)
+
+
 def count_rows(model, kind, monkeypatch, guidance):
     """Rows of every pass through the body, condition prefixes apart."""
     rows = []

@@ -246,8 +246,8 @@ def sample_hybrid(
     else:
         turns = _masked_turns(groups, guidance, progresses, latents, known, edges, sources)
     for turn in turns:
-        drawn = head(turn, torch.gather(noise, 1, _wide(turn.places, channels)))
-        latents.scatter_(1, _wide(turn.places, channels), drawn)
+        drawn = head(turn, at_places(noise, turn.places))
+        latents.scatter_(1, turn.places[..., None].expand_as(drawn), drawn)
         known.scatter_(1, turn.places, True)
         if callback is not None:
             watch.finish()
@@ -353,13 +353,10 @@ class _States:
         own = getattr(self.network, "for_sampling", None)
         return self if own is None else _States(own())
 
-    def __call__(
-        self, latents: Tensor, cond: Any, known: Tensor, places: Tensor | None = None
-    ) -> Tensor:
-        if places is not None and not takes_places(self.network.states):
+    def __call__(self, latents: Tensor, cond: Any, known: Tensor, places: Tensor) -> Tensor:
+        if not takes_places(self.network.states):
             return at_places(self.network.states(latents, cond, known), places)
-        own = {} if places is None else {"places": places}
-        states: Tensor = self.network.states(latents, cond, known, **own)
+        states: Tensor = self.network.states(latents, cond, known, places=places)
         return states
 
 
@@ -480,8 +477,3 @@ def _plain_scale(guidance: Guidance, needed: tuple[str, ...], like: Tensor) -> S
         scale = scale.to(like, non_blocking=True)
         return scale.view(-1, *[1] * (like.ndim - 1)) if scale.ndim else scale
     return float(scale) if isinstance(scale, (int, float)) else None
-
-
-def _wide(places: Tensor, width: int) -> Tensor:
-    """Places (B, k) as an index of ``width`` channels (B, k, width)."""
-    return places[..., None].expand(*places.shape, width)

@@ -160,15 +160,15 @@ def sample_masked(
     # a fixed order is known before the step: nothing else need be asked for
     asked = counts if fixed else left
     # one look at a GPU, not one a step
-    most, sizes, remaining = torch.stack([x.amax(1) for x in (counts, asked, left)]).tolist()
-    if not any(most):
+    busy, sizes, remaining = torch.stack([x.amax(1) for x in (counts, asked, left)]).tolist()
+    if not any(busy):
         return ids  # the mask leaves nothing to draw
     shares = [1 - masked_share(reveal, index / steps) for index in range(steps)]
     # rounded, or the ends of an interval at 0.4 would miss a step at 0.3999999999999999
     progresses = [round(share / max(shares[-1], 1e-12), 12) for share in shares]
     # with refresh, a step that reveals nothing here may hold the direction for those that do: a sample is not to depend on
     # the others of its batch
-    passes = [p for p, runs in zip(progresses, most, strict=True) if runs or refresh > 1]
+    passes = [p for p, runs in zip(progresses, busy, strict=True) if runs or refresh > 1]
     groups = plan(network, cond, uncond, branches, guidance, passes)
     # another mitigation may look at the whole sample
     by_row = all(getattr(m, "space", None) == "logits" for m in guidance.mitigations)
@@ -181,17 +181,16 @@ def sample_masked(
         noise = uniform(sources, (2, network.num_tokens)).to(cond.device, non_blocking=True)
         if not remaining[index]:
             break
-        if not most[index] and not run.refreshes_at(progress):
+        if not busy[index] and not run.refreshes_at(progress):
             run.pass_over(progress)
             continue
         places = ranks.masked_fill(~masked, len(ranks)).argsort(dim=1)[:, : sizes[index]]
         # a sample that asks for fewer than another has some at the end that are not its own to draw
         drawable = columns[: sizes[index]] < asked[index][:, None]
         guided = run(progress, f"step {index}", ids, places=places if by_row else None)
+        _check_logits(guided.out, places if by_row else ids, network.mask_token)
         if not by_row:
-            _check_logits(guided.out, ids, network.mask_token)
             guided = _guided_at(guided, places)
-        _check_logits(guided.out, places, network.mask_token)
         none = (guided.out.amax(-1).isneginf() & drawable).any(1)
         watch.see(f"no token can be drawn at step {index}", none, ALL_MASKED)
         drawn = draw(choose(guided.out), noise[:, 0].gather(1, places))
@@ -290,10 +289,10 @@ def _highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     return among & (rank < count[:, None].to(rank.device))
 
 
-def _check_logits(logits: Tensor, places: Tensor, mask_token: int) -> None:
-    if logits.ndim != 3 or logits.shape[:2] != places.shape or logits.shape[2] > mask_token:
+def _check_logits(logits: Tensor, tokens: Tensor, mask_token: int) -> None:
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape or logits.shape[2] > mask_token:
         raise ValueError(
-            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(places.shape)}, expected (B, tokens, V) with V at "
+            f"the model returned logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}, expected (B, tokens, V) with V at "
             f"most {mask_token}, the id that stands for an unknown token"
         )
 
